@@ -1,0 +1,280 @@
+"""Every option of the driver, validated where it is written down, with the rule that it would break.
+
+Times are in seconds on Trio's clock; ``math.inf`` switches a deadline off.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import attrs
+import trio
+
+from ._backoff import BackoffConfig
+from ._client_id import default_base
+from ._tls import TLSConfig
+from ._topics import check_topic
+from ._types import PayloadFormat, ReasonCode
+from ._url import from_env, parse_url
+from ._validators import (
+    between,
+    freeze,
+    instance,
+    one_of,
+    optional_callable,
+    pairs,
+    seconds,
+    text,
+)
+
+# Refusals that no amount of waiting heals [MQTT-3.2.2.2].
+TERMINAL_REFUSALS = frozenset(
+    {
+        ReasonCode.BAD_USER_NAME_OR_PASSWORD,
+        ReasonCode.NOT_AUTHORIZED,
+        ReasonCode.BANNED,
+        ReasonCode.BAD_AUTHENTICATION_METHOD,
+        ReasonCode.CLIENT_IDENTIFIER_NOT_VALID,
+    }
+)
+
+
+@attrs.frozen(kw_only=True)
+class Endpoint:
+    """Where a broker listens: ``mqtt`` (TCP), ``mqtts`` (TLS over TCP) or ``unix`` (a socket path)."""
+
+    scheme: str = attrs.field(default="mqtt", validator=one_of("mqtt", "mqtts", "unix"))
+    host: str = attrs.field(default="", validator=instance(str))
+    port: int = attrs.field(default=0, validator=between(0, 65535))
+    path: str = attrs.field(default="", validator=instance(str))
+
+    def __attrs_post_init__(self) -> None:
+        if self.scheme == "unix":
+            if not self.path or self.host or self.port:
+                raise ValueError("endpoint: scheme 'unix' takes a path, and neither host nor port")
+        elif not self.host or not self.port or self.path:
+            raise ValueError(f"endpoint: scheme {self.scheme!r} takes a host and a port (1 to 65535), and no path")
+
+    def __str__(self) -> str:
+        if self.scheme == "unix":
+            return f"unix://{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def _will_topic(instance: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    check_topic(value, f"will.{attribute.name}")
+
+
+@attrs.frozen(kw_only=True)
+class Will:
+    """The message that the broker publishes when this client is lost without a DISCONNECT [MQTT-3.1.2.5].
+
+    ``delay`` (seconds) and the properties exist in MQTT 5 only.
+    """
+
+    topic: str = attrs.field(validator=_will_topic)
+    payload: bytes = attrs.field(default=b"", converter=lambda p: p.encode() if isinstance(p, str) else p)
+    qos: int = attrs.field(default=0, validator=one_of(0, 1, 2))
+    retain: bool = attrs.field(default=False, validator=instance(bool))
+    delay: int = attrs.field(default=0, validator=between(0, 0xFFFFFFFF))
+    payload_format: PayloadFormat | None = None
+    message_expiry: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(between(0, 0xFFFFFFFF))
+    )
+    content_type: str | None = attrs.field(default=None, validator=text)
+    response_topic: str | None = attrs.field(default=None, validator=attrs.validators.optional(_will_topic))
+    correlation_data: bytes | None = None
+    user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
+
+    @payload.validator
+    def _check_payload(self, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, bytes):
+            raise TypeError(f"will.payload must be bytes or str, not {type(value).__name__}")
+        if len(value) > 65535:
+            raise ValueError(f"will.payload has {len(value)} bytes, allowed are 0 to 65535 [MQTT-3.1.3.3]")
+
+
+class Authenticator(Protocol):
+    """Enhanced authentication [MQTT-4.12], made anew for each connection by ``DriverConfig.authenticator``.
+
+    The methods may do I/O; ``connect_timeout`` bounds the whole exchange. An exception in one is a failed attempt.
+    """
+
+    @property
+    def method(self) -> str:
+        """The Authentication Method, e.g. ``"SCRAM-SHA-256"``."""
+        ...
+
+    async def start(self) -> bytes | None:
+        """The Authentication Data of CONNECT."""
+        ...
+
+    async def answer(self, challenge: bytes | None) -> bytes | None:
+        """The data that answers an AUTH packet of the broker."""
+        ...
+
+    async def finish(self, data: bytes | None) -> None:
+        """Check the data of the CONNACK; raise if the broker did not prove itself."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class Attempt:
+    """What ``options_factory`` is told of the attempt that it makes the options for."""
+
+    config: DriverConfig
+    number: int
+    """1 for the first attempt since the link was last up."""
+    generation: int
+    """The generation that this attempt becomes if it succeeds."""
+    last_error: str | None
+
+
+OptionsFactory = Callable[[Attempt], Awaitable["DriverConfig"]]
+StreamOpener = Callable[[Endpoint], Awaitable[trio.abc.Stream]]
+
+
+@attrs.frozen(kw_only=True)
+class DriverConfig:
+    """All options of an ``MQTTDriver``. Immutable; ``evolve()`` makes a changed copy."""
+
+    endpoint: Endpoint = attrs.field(validator=instance(Endpoint))
+    client_id: str = attrs.field(factory=lambda: default_base(random.Random()), validator=text)
+    """Base of the client ID; each connection gets ``{base}_{ms}``, later ones ``{base}_reconnect_{ms}``."""
+    client_id_factory: Callable[[str, int, float], str] | None = attrs.field(
+        default=None, validator=optional_callable
+    )
+    """``(base, generation, wall-clock seconds) -> client ID``, for brokers with rules of their own."""
+    protocol: Literal["auto", "5", "3.1.1"] = attrs.field(default="auto", validator=one_of("auto", "5", "3.1.1"))
+    """``auto`` tries MQTT 5 first and remembers a downgrade to 3.1.1."""
+    username: str | None = attrs.field(default=None, validator=text)
+    password: str | bytes | None = attrs.field(default=None, repr=False)
+    authenticator: Callable[[], Authenticator] | None = attrs.field(
+        default=None, validator=optional_callable, repr=False
+    )
+    tls: TLSConfig | None = None
+    """For ``mqtts``; None trusts the system's certificate authorities."""
+    will: Will | None = None
+    options_factory: OptionsFactory | None = attrs.field(default=None, validator=optional_callable)
+    """Called before each attempt; returns the options of that connection (endpoint, credentials, TLS, will, …)."""
+    factory_timeout: float = attrs.field(default=10.0, validator=seconds)
+    open_stream: StreamOpener | None = attrs.field(default=None, validator=optional_callable)
+    """Replaces how the byte stream is opened: for transports that this package does not know, and for tests."""
+
+    keep_alive: int = attrs.field(default=30, validator=between(0, 65535))
+    """Seconds without traffic in either direction after which PINGREQ is sent; 0 switches it off [MQTT-3.1.2.10]."""
+    ping_timeout: float = attrs.field(default=10.0, validator=seconds)
+    connect_timeout: float = attrs.field(default=10.0, validator=seconds)
+    """For opening the stream, TLS and CONNECT/CONNACK together."""
+    probe: Literal["publish", "echo", "ping"] = attrs.field(
+        default="publish", validator=one_of("publish", "echo", "ping")
+    )
+    """How a connection is tested: a QoS 1 publish, the same and its echo, or (where the ACL allows neither) PINGREQ."""
+    probe_topic: str = attrs.field(default="trio_mqtt_driver/probe/{client_id}")
+    """May hold ``{client_id}`` and ``{base}``; characters that a topic cannot hold become ``_`` in them."""
+    probe_timeout: float = attrs.field(default=5.0, validator=seconds)
+    ack_timeout: float = attrs.field(default=5.0, validator=seconds)
+    """A PUBLISH on the wire that is not acknowledged in this time makes the driver reconnect."""
+    subscribe_timeout: float = attrs.field(default=10.0, validator=seconds)
+    """The same for SUBSCRIBE and UNSUBSCRIBE."""
+    publish_timeout: float = attrs.field(default=math.inf, validator=seconds)
+    """How long ``publish()`` waits in all, outages included, before it gives the message up."""
+    disconnect_timeout: float = attrs.field(default=2.0, validator=seconds)
+    drain_timeout: float = attrs.field(default=5.0, validator=seconds)
+    """How long leaving the driver waits for acknowledgements that are still out, on a live link."""
+    backoff: BackoffConfig = attrs.field(factory=BackoffConfig, validator=instance(BackoffConfig))
+    retry_refusals: frozenset[ReasonCode] = attrs.field(default=frozenset(), converter=frozenset)
+    """Refusals that are terminal by default and shall be retried all the same."""
+
+    receive_maximum: int = attrs.field(default=1000, validator=between(1, 65535))
+    """How many unacknowledged QoS 1 and 2 messages this client takes at a time."""
+    maximum_packet_size: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 268_435_460))
+    topic_alias_maximum: int = attrs.field(default=32, validator=between(0, 65535))
+    """How many topic aliases the broker may use."""
+    request_response_information: bool = attrs.field(default=False, validator=instance(bool))
+    request_problem_information: bool = attrs.field(default=True, validator=instance(bool))
+    connect_user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
+    in_flight: int = attrs.field(default=100, validator=between(1, 65535))
+    """How many QoS 1 and 2 publishes may be unacknowledged; the broker's Receive Maximum (20 for 3.1.1) caps it."""
+
+    outbox_messages: int = attrs.field(default=10_000, validator=between(1, 10_000_000))
+    outbox_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 2**40))
+    write_buffer: int = attrs.field(default=1024 * 1024, validator=between(1024, 2**32))
+    """Bytes waiting for the socket above which ``publish()`` waits."""
+    queue_messages: int = attrs.field(default=1000, validator=between(1, 10_000_000))
+    """Bound of each subscription's queue, unless the subscription names its own."""
+    replay_batch: int = attrs.field(default=100, validator=between(1, 10_000))
+    """Topic filters per SUBSCRIBE packet."""
+    subscription_identifiers: bool = attrs.field(default=True, validator=instance(bool))
+    """Let MQTT 5 brokers tell which subscription a message is for, so that overlapping ones never get it twice."""
+    on_handler_error: Literal["log", "raise"] = attrs.field(default="log", validator=one_of("log", "raise"))
+    """``raise`` ends the driver with the handler's exception."""
+    history_events: int = attrs.field(default=200, validator=between(1, 1_000_000))
+    wall_clock: Callable[[], float] = attrs.field(default=time.time, repr=False)
+    """Seconds since the epoch, for client IDs and the history."""
+
+    @password.validator
+    def _check_password(self, attribute: attrs.Attribute[Any], value: object) -> None:
+        if value is not None and not isinstance(value, str | bytes):
+            raise TypeError(f"password must be str or bytes, not {type(value).__name__}")
+        if value is not None and len(value) > 65535:
+            raise ValueError("password is longer than 65535 bytes [MQTT-3.1.3.6]")
+
+    def __attrs_post_init__(self) -> None:
+        if self.password is not None and self.username is None:
+            raise ValueError("password needs a username [MQTT-3.1.2-22]")
+        if not self.client_id:
+            raise ValueError("client_id is empty; leave it out for the default, or give a base of 1 to 65000 bytes")
+        if len(self.client_id.encode()) > 65000:
+            raise ValueError(f"client_id has {len(self.client_id.encode())} bytes, allowed are 1 to 65000")
+        if self.tls is not None and self.endpoint.scheme != "mqtts":
+            raise ValueError(f"tls is set but the endpoint is {self.endpoint}: use mqtts://")
+        if self.authenticator is not None and self.protocol == "3.1.1":
+            raise ValueError("authenticator needs MQTT 5, but protocol is '3.1.1'")
+        if self.probe != "ping":
+            check_topic(self.probe_topic_for(self.client_id), "probe_topic")
+        for field in ("tls", "will"):
+            value = getattr(self, field)
+            kind = TLSConfig if field == "tls" else Will
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{field} must be {kind.__name__} or None, not {type(value).__name__}")
+
+    @classmethod
+    def from_url(cls, url: str, **options: Any) -> DriverConfig:
+        """``mqtt://``, ``mqtts://`` or ``unix://`` with optional user info; see ``docs/howto``. ``options`` win."""
+        return cls._from_parsed(parse_url(url), options)
+
+    @classmethod
+    def from_env(
+        cls, environ: Mapping[str, str] | None = None, *, prefix: str = "MQTT_", **options: Any
+    ) -> DriverConfig:
+        """From ``MQTT_URL``, ``MQTT_USERNAME``, ``MQTT_PASSWORD`` or ``MQTT_PASSWORD_FILE``, … ``options`` win."""
+        return cls._from_parsed(from_env(os.environ if environ is None else environ, prefix), options)
+
+    @classmethod
+    def _from_parsed(cls, parsed: Mapping[str, Any], options: dict[str, Any]) -> DriverConfig:
+        values = dict(parsed)
+        place = {key: values.pop(key) for key in ("scheme", "host", "port", "path") if key in values}
+        files = {key: values.pop(key) for key in ("ca_file", "cert_file", "key_file") if key in values}
+        if files:
+            values["tls"] = TLSConfig(**files)
+        return cls(**{"endpoint": Endpoint(**place), **values, **options})
+
+    def evolve(self, **changes: Any) -> DriverConfig:
+        """A copy with ``changes``, validated again."""
+        return attrs.evolve(self, **changes)
+
+    def probe_topic_for(self, client_id: str) -> str:
+        """The probe topic of the connection with this client ID."""
+
+        def safe(text: str) -> str:
+            return re.sub(r"[+#/\x00]", "_", text)
+
+        return self.probe_topic.replace("{client_id}", safe(client_id)).replace("{base}", safe(self.client_id))

@@ -1,0 +1,547 @@
+"""One Network Connection: the child nursery of one generation, and everything that ends with it.
+
+The three loops of trio-paho-mqtt run in the child nursery, rewritten against a ``trio.abc.Stream``:
+
+- the *reader* takes whatever is there, splits it, and hands the messages on as one batch; it never waits for user code;
+- the *writer* is the only task that calls ``send_all``. A cancelled ``send_all`` may have sent half a packet, so no
+  user task may ever run it: a ``move_on_after`` around a ``publish()`` would break the link for everybody;
+- the *timer* sends PINGREQ and finds overdue answers. It sleeps until the next of them; whoever creates an earlier
+  deadline moves the deadline of its cancel scope.
+
+A fault is recorded (``fail``) and cancels the nursery; it is not raised. So at most one cause exists, and an exception
+that does come out of the nursery is a bug. Nothing here decides what happens next.
+
+When the application does not keep up, reading pauses: TCP pushes back on the broker. Meanwhile the answers that we
+wait for lie unread on our side, so no deadline runs; PINGREQ still goes out, because the broker's deadline does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+import attrs
+import trio
+
+from ._config import DriverConfig
+from ._errors import (
+    AckTimeoutError,
+    ConnectionLostError,
+    KeepAliveError,
+    MQTTDriverError,
+    ProtocolError,
+    PublishRefusedError,
+    ServerDisconnectedError,
+)
+from ._history import Counters
+from ._inflight import IncomingWindow, OutgoingWindow, PacketIds
+from ._limits import publish_error
+from ._outbox import Outbox, Outgoing
+from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Packet, PacketReader, encode_publish, packet_name
+from ._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect, SubAck, SubscribeRequest
+from ._transport import lost
+from ._types import Message, PublishResult, ReasonCode, ServerLimits, UserProperties
+
+_RECEIVE_SIZE = 65536
+_SEND_SIZE = 65536
+"""Written in pieces of this size, so that progress on a slow link is seen between them."""
+_WINDOW_3_1_1 = 20
+"""3.1.1 has no Receive Maximum; brokers commonly keep 20 and some drop what exceeds it."""
+
+T = TypeVar("T")
+
+
+class Inbox(Protocol):
+    """Where messages go; the dispatcher, as far as a connection knows it."""
+
+    def deliver(self, messages: list[Message[Any]]) -> None: ...
+
+    @property
+    def full(self) -> bool: ...
+
+    async def wait_room(self) -> None: ...
+
+
+class Reply(Generic[T]):
+    """The answer to one request. Settled on every path: by the answer, or by the end of the connection."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._value: T | None = None
+        self._error: Exception | None = None
+
+    def set(self, value: T) -> None:
+        self._value = value
+        self._event.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._event.set()
+
+    async def wait(self) -> T:
+        await self._event.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]  # set() came first
+
+
+@attrs.define
+class _Ping:
+    sent_at: float
+    reply: Reply[float]
+
+
+@attrs.define
+class _Request:
+    """A SUBSCRIBE or UNSUBSCRIBE that waits for its answer."""
+
+    filters: int
+    unsubscribe: bool
+    reply: Reply[tuple[ReasonCode, ...]]
+
+
+class Connection:
+    """A client of its own over a stream of its own. ``run`` once; then it is over."""
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        config: DriverConfig,
+        *,
+        version: int,
+        client_id: str,
+        generation: int,
+        inbox: Inbox,
+        outbox: Outbox,
+        counters: Counters,
+    ) -> None:
+        self.config = config
+        self.version = version
+        self.client_id = client_id
+        self.generation = generation
+        self.limits = ServerLimits()
+        self.cause: MQTTDriverError | None = None
+        """Why the connection ended; None while it runs, and if its session ended by itself."""
+        self.round_trip: float | None = None
+        """Seconds between the last PINGREQ and its PINGRESP, or between the test publish and its PUBACK."""
+        now = trio.current_time()
+        self.heard_at = now
+        self._stream = stream
+        self._inbox = inbox
+        self._outbox = outbox
+        self._counters = counters
+        self._reader = PacketReader(
+            version=version,
+            maximum_packet_size=config.maximum_packet_size,
+            topic_alias_maximum=config.topic_alias_maximum,
+            generation=generation,
+        )
+        self._ids = PacketIds()
+        self._outgoing = OutgoingWindow(self._ids, config.in_flight)
+        self._incoming = IncomingWindow(config.receive_maximum)
+        self._control: ControlPackets
+        self._scope = trio.CancelScope()
+        self._ended = False
+        self._refilling = False
+        # writing
+        self._buffer: list[bytes] = []
+        self._written = 0
+        self._flushed = 0
+        self._sent_at = now
+        self._wake_writer = trio.Event()
+        self._progress = trio.Event()
+        # timing
+        self._keep_alive: float = math.inf
+        self._timer = trio.CancelScope()
+        self._pings: deque[_Ping] = deque()
+        self._paused = False
+        self._resumed_at = now
+        self._acknowledged = trio.Event()
+        # answers
+        self._handshake: Reply[ConnAck | AuthPacket] | None = None
+        self._requests: dict[int, _Request] = {}
+        self._closing = False
+        self._eof = trio.Event()
+        self.echo: tuple[str, Reply[None]] | None = None
+        """While the link is validated by an echo: the topic, and who waits for a message on it."""
+
+    async def run(self, session: Callable[[Connection], Awaitable[None]]) -> None:
+        """Run the loops and ``session`` in the child nursery until either ends; afterwards ``cause`` tells why.
+
+        The order matters: the nursery is empty before the stream is closed, and the stream is closed before the
+        window goes back to the outbox, so that nothing can still be sent when the next generation begins.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                self._scope = nursery.cancel_scope
+                self._control = ControlPackets(
+                    nursery,
+                    client_id=self.client_id,
+                    version=self.version,
+                    next_packet_id=self._ids.allocate,
+                    loops=(self._read_loop, self._write_loop, self._timer_loop),
+                )
+                self._control.start()
+                try:
+                    await session(self)
+                except MQTTDriverError as exc:
+                    self.fail(exc)
+                nursery.cancel_scope.cancel(reason="the session of this connection ended")
+        finally:
+            self._ended = True
+            await trio.aclose_forcefully(self._stream)
+            error = self.cause or ConnectionLostError("the connection was closed")
+            for ping in self._pings:
+                ping.reply.fail(error)
+            for request in self._requests.values():
+                request.reply.fail(error)
+            self._outbox.put_back(out for out in self._outgoing.take_back() if out.on_settled is not None)
+
+    def fail(self, error: MQTTDriverError) -> None:
+        """The first fault is the cause, and ends the connection."""
+        if self.cause is None and not self._ended:
+            self.cause = error
+            self._scope.cancel(reason=f"connection lost: {error}")
+
+    # -- requests: each returns the Reply to wait for ----------------------------------------------------------------
+
+    def connect(self, authentication: tuple[str, bytes | None] | None) -> Reply[ConnAck | AuthPacket]:
+        return self._exchange(self._control.connect_packet(self.config, authentication))
+
+    def authenticate(self, method: str, data: bytes | None) -> Reply[ConnAck | AuthPacket]:
+        return self._exchange(self._control.auth_packet(method, data))
+
+    def _exchange(self, packet: bytes) -> Reply[ConnAck | AuthPacket]:
+        self._handshake = Reply()
+        self._write(packet)
+        return self._handshake
+
+    def connected(self, limits: ServerLimits) -> None:
+        """CONNACK was good: obey what it says."""
+        self.limits = limits
+        window = limits.receive_maximum if self.version == 5 else _WINDOW_3_1_1
+        self._outgoing.size = min(self.config.in_flight, window)
+        seconds = self.config.keep_alive if limits.server_keep_alive is None else limits.server_keep_alive
+        self._keep_alive = seconds or math.inf
+        self._expect_by(trio.current_time() + self._keep_alive)
+
+    def subscribe(
+        self, requests: list[SubscribeRequest], identifier: int | None, user_properties: UserProperties = ()
+    ) -> Reply[tuple[ReasonCode, ...]]:
+        if not self.limits.identifiers_available:
+            identifier = None
+        packet_id, packet = self._control.subscribe_packet(requests, identifier, user_properties)
+        return self._request(packet_id, packet, _Request(len(requests), unsubscribe=False, reply=Reply()))
+
+    def unsubscribe(self, filters: list[str]) -> Reply[tuple[ReasonCode, ...]]:
+        packet_id, packet = self._control.unsubscribe_packet(filters)
+        return self._request(packet_id, packet, _Request(len(filters), unsubscribe=True, reply=Reply()))
+
+    def _request(self, packet_id: int, packet: bytes, request: _Request) -> Reply[tuple[ReasonCode, ...]]:
+        self._requests[packet_id] = request
+        self._write(packet)
+        return request.reply
+
+    def ping(self) -> Reply[float]:
+        """Send PINGREQ; the reply is the round trip in seconds."""
+        now = trio.current_time()
+        ping = _Ping(now, Reply())
+        self._pings.append(ping)
+        self._write(PINGREQ_PACKET)
+        self._sent_at = now
+        self._expect_by(now + self.config.ping_timeout)
+        return ping.reply
+
+    async def disconnect(self) -> None:
+        """Send DISCONNECT and wait until the broker closes the link; the caller sets the deadline.
+
+        Closing at once could reset the connection with the DISCONNECT unread, and the will would be published.
+        """
+        self._closing = True
+        self._write(self._control.disconnect_packet())
+        await self._eof.wait()
+
+    # -- publishing ---------------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._outgoing)
+
+    @property
+    def unacknowledged(self) -> int:
+        """Incoming messages that are not acknowledged yet."""
+        return len(self._incoming)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the write buffer takes more."""
+        return self._written - self._flushed < self.config.write_buffer
+
+    def send(self, outgoing: Outgoing) -> None:
+        """Put one message on the wire, past the outbox; one of QoS 1 or 2 needs room in the window."""
+        packet_id = self._outgoing.add(outgoing) if outgoing.qos else 0
+        outgoing.attempts += 1
+        self._counters.messages_out += 1
+        self._write(
+            encode_publish(
+                outgoing.raw_topic,
+                outgoing.payload,
+                qos=outgoing.qos,
+                retain=outgoing.retain,
+                packet_id=packet_id,
+                properties=outgoing.properties if self.version == 5 else None,
+            )
+        )
+        if outgoing.qos:
+            self._outgoing.written(outgoing, self._written)
+        else:
+            self._settle(outgoing, ReasonCode.SUCCESS)
+
+    def start_refill(self) -> None:
+        """From now on what waits in the outbox goes out; not before the subscriptions are replayed."""
+        self._refilling = True
+        self.refill()
+
+    def refill(self) -> None:
+        """Send from the outbox what the window and the write buffer have room for."""
+        if not self._refilling or self._closing:
+            return
+        while self.has_room:
+            outgoing = self._outbox.peek()
+            if outgoing is None or (outgoing.qos and self._outgoing.free <= 0):
+                return
+            self._outbox.take()
+            error = publish_error(self.limits, outgoing)
+            if error is not None:
+                outgoing.settle(error)
+            else:
+                self.send(outgoing)
+
+    def _settle(self, outgoing: Outgoing, code: ReasonCode) -> None:
+        outgoing.settle(
+            PublishResult(
+                reason_code=code,
+                generation=self.generation,
+                attempts=outgoing.attempts,
+                latency=trio.current_time() - outgoing.accepted_at,
+            )
+        )
+
+    def acknowledge(self, message: Message[Any]) -> None:
+        """A message of this connection was processed by everybody. A no-op, counted, when the connection is over."""
+        if self._ended:
+            self._counters.stale_acknowledgements += 1
+            return
+        self._write(self._incoming.acknowledge(message))
+        self._acknowledged.set()
+
+    # -- the writer ---------------------------------------------------------------------------------------------------
+
+    def _write(self, data: bytes) -> None:
+        self._buffer.append(data)
+        self._written += len(data)
+        self._wake_writer.set()
+
+    async def _write_loop(self) -> None:
+        while True:
+            if not self._buffer:
+                self._wake_writer = trio.Event()
+                await self._wake_writer.wait()
+            data = memoryview(b"".join(self._buffer))
+            self._buffer.clear()
+            for start in range(0, len(data), _SEND_SIZE):
+                piece = data[start : start + _SEND_SIZE]
+                try:
+                    await self._stream.send_all(piece)
+                except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
+                    if not self._closing:
+                        self.fail(lost(exc, "writing to the broker"))
+                    return
+                now = self._sent_at = trio.current_time()
+                self._flushed += len(piece)
+                self._counters.bytes_out += len(piece)
+                self._outgoing.flushed(self._flushed, now)
+                self._expect_by(now + self.config.ack_timeout)
+            self.refill()
+
+    # -- the reader ---------------------------------------------------------------------------------------------------
+
+    async def _read_loop(self) -> None:
+        while True:
+            try:
+                data = await self._stream.receive_some(_RECEIVE_SIZE)
+            except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
+                self._gone(lost(exc, "reading from the broker"))
+                return
+            if not data:
+                self._gone(ConnectionLostError("the broker closed the connection"))
+                return
+            self.heard_at = trio.current_time()
+            self._counters.bytes_in += len(data)
+            messages: list[Message[Any]] = []
+            try:
+                for packet in self._reader.feed(data):
+                    self._take(packet, messages)
+            except ProtocolError as exc:
+                self.fail(exc)
+            if self._reader.error is not None:
+                self.fail(self._reader.error)
+            # Even after a fault: what arrived whole before it was accepted.
+            if messages:
+                self._counters.messages_in += len(messages)
+                self._inbox.deliver(messages)
+            self.refill()
+            if self._inbox.full or len(self._incoming) > self._incoming.maximum:
+                await self._pause()
+
+    def _gone(self, error: MQTTDriverError) -> None:
+        self._eof.set()
+        if not self._closing:
+            self.fail(error)
+
+    async def _pause(self) -> None:
+        self._paused = True
+        while self._inbox.full:
+            await self._inbox.wait_room()
+        while len(self._incoming) > self._incoming.maximum:
+            self._acknowledged = trio.Event()
+            await self._acknowledged.wait()
+        self._paused = False
+        self.heard_at = self._resumed_at = trio.current_time()
+
+    def _take(self, packet: Packet, messages: list[Message[Any]]) -> None:
+        if isinstance(packet, Message):
+            self._take_message(packet, messages)
+        elif isinstance(packet, tuple):
+            first, packet_id, code, reason = packet
+            if first == PUBREL:
+                self._write(self._incoming.release(packet_id, self.version))
+                self._acknowledged.set()
+            else:
+                self._take_ack(first, packet_id, code, reason)
+        else:
+            self._take_control(packet)
+
+    def _take_message(self, message: Message[Any], messages: list[Message[Any]]) -> None:
+        message._source = self  # pyright: ignore[reportPrivateUsage]  # the link between a message and its connection
+        if message.qos:
+            new, answer = self._incoming.publish(message)
+            if answer:
+                self._write(answer)
+            if not new:
+                return
+            if self.version == 5 and len(self._incoming) > self._incoming.maximum:
+                raise ProtocolError(
+                    f"protocol error: {len(self._incoming)} unacknowledged messages, announced was a "
+                    f"Receive Maximum of {self._incoming.maximum} [MQTT-3.3.4-9]"
+                )
+        if self.echo is not None and message.topic == self.echo[0]:
+            self.echo[1].set(None)
+            if message.qos:
+                self.acknowledge(message)
+            return
+        messages.append(message)
+
+    def _take_ack(self, first: int, packet_id: int, code: int, reason: str | None) -> None:
+        outgoing, answer = self._outgoing.acknowledge(first, packet_id, code, trio.current_time())
+        if answer:
+            self._write(answer)
+        if outgoing is None:
+            return
+        try:
+            reason_code = ReasonCode(code)
+        except ValueError:
+            reason_code = None
+        if reason_code is None:
+            raise ProtocolError(f"malformed packet: {packet_name(first)} with unknown reason code 0x{code:02x}")
+        if reason_code.is_failure:
+            words = f": {reason}" if reason else ""
+            outgoing.settle(
+                PublishRefusedError(f"the broker refused {outgoing.topic!r}: {reason_code}{words}", reason_code)
+            )
+        else:
+            self._settle(outgoing, reason_code)
+
+    def _take_control(self, packet: bytes) -> None:
+        if packet[0] == PINGRESP:
+            if len(packet) != 2:
+                raise ProtocolError("malformed packet: PINGRESP with a body [MQTT-3.13.1]")
+            if self._pings:
+                ping = self._pings.popleft()
+                self.round_trip = trio.current_time() - ping.sent_at
+                ping.reply.set(self.round_trip)
+            return
+        event = self._control.feed(packet)
+        if isinstance(event, SubAck):
+            self._take_suback(event)
+        elif isinstance(event, ServerDisconnect):
+            words = f": {event.reason_string}" if event.reason_string else ""
+            self._gone(
+                ServerDisconnectedError(f"the broker disconnected us: {event.reason_code}{words}", event.reason_code)
+            )
+        elif self._handshake is None:
+            raise ProtocolError(f"protocol error: unexpected {packet_name(packet[0])} [MQTT-3.2.0-2]")
+        else:
+            reply, self._handshake = self._handshake, None
+            reply.set(event)
+
+    def _take_suback(self, answer: SubAck) -> None:
+        request = self._requests.pop(answer.packet_id, None)
+        if request is None or request.unsubscribe != answer.unsubscribe:
+            raise ProtocolError(f"protocol error: SUBACK or UNSUBACK for unknown identifier {answer.packet_id}")
+        self._ids.release(answer.packet_id)
+        codes = answer.reason_codes
+        if request.unsubscribe and self.version != 5:
+            codes = (ReasonCode.SUCCESS,) * request.filters
+        if len(codes) != request.filters:
+            raise ProtocolError(
+                f"protocol error: {len(codes)} reason codes for {request.filters} topic filters [MQTT-3.8.4-6]"
+            )
+        request.reply.set(codes)
+
+    # -- the timer ----------------------------------------------------------------------------------------------------
+
+    def _expect_by(self, deadline: float) -> None:
+        """Something may be due at ``deadline``: have the timer look then, if it would not look earlier."""
+        if deadline < self._timer.deadline:
+            self._timer.deadline = deadline
+
+    async def _timer_loop(self) -> None:
+        while True:
+            with trio.CancelScope() as self._timer:
+                self._timer.deadline = self._check_deadlines(trio.current_time())
+                await trio.sleep_forever()
+
+    def _check_deadlines(self, now: float) -> float:
+        """Send the PINGREQ that is due, fail for an answer that is overdue; return when to look again."""
+        look_at = math.inf
+        if now >= self._sent_at + self._keep_alive or (
+            not self._pings and not self._paused and now >= self.heard_at + self._keep_alive
+        ):
+            self.ping()
+        look_at = min(look_at, self._sent_at + self._keep_alive)
+        if self._paused:
+            return min(look_at, now + self.config.ack_timeout)
+        if self._pings:
+            answer_by = max(self._pings[0].sent_at, self.heard_at) + self.config.ping_timeout
+            if now >= answer_by:
+                self.fail(
+                    KeepAliveError(
+                        f"no answer to PINGREQ within ping_timeout={self.config.ping_timeout:g} s, "
+                        f"nothing received for {now - self.heard_at:.1f} s: the link is half-open"
+                    )
+                )
+            look_at = min(look_at, answer_by)
+        else:
+            look_at = min(look_at, self.heard_at + self._keep_alive)
+        acknowledge_by = max(self._outgoing.oldest_sent_at, self._resumed_at) + self.config.ack_timeout
+        if now >= acknowledge_by:
+            self.fail(
+                AckTimeoutError(
+                    f"a publish was not acknowledged within ack_timeout={self.config.ack_timeout:g} s; "
+                    f"{self.in_flight} in flight, nothing received for {now - self.heard_at:.1f} s"
+                )
+            )
+        return min(look_at, acknowledge_by)

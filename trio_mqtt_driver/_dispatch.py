@@ -1,0 +1,201 @@
+"""From incoming messages to subscriptions, and from handler subscriptions to their handlers.
+
+``deliver`` runs in the reader of a connection: it is synchronous and never waits for user code. Each handler has a task
+of its own, in a nursery that belongs to the driver: a reconnect does not interrupt a handler half-way, and one that
+sleeps holds up nobody else's messages, acknowledgements or keep-alive.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+from ._errors import DriverClosedError, SubscribeError, UnsubscribeError
+from ._history import Counters
+from ._registry import Leaving, Registration, Registry, SubscriptionOptions
+from ._subscription import Subscription
+from ._types import Message, Overflow
+
+logger = logging.getLogger("trio_mqtt_driver")
+
+_CACHED_TOPICS = 10_000
+_CACHED_LENGTH = 256
+
+Target = tuple[Registration[Subscription[Any]], Subscription[Any]]
+
+
+class Dispatcher:
+    """Routes messages to subscriptions and runs their handlers."""
+
+    def __init__(
+        self,
+        registry: Registry[Subscription[Any]],
+        counters: Counters,
+        *,
+        on_handler_error: Callable[[Exception], None] | None,
+    ) -> None:
+        self._registry = registry
+        self._counters = counters
+        self._on_handler_error = on_handler_error
+        self._targets: dict[str, tuple[Target, ...]] = {}
+        self._targets_version = -1
+        self._blocking: set[Subscription[Any]] = set()
+        self._room = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._open: set[Subscription[Any]] = set()
+
+    # -- the connection's end: connection.Inbox -----------------------------------------------------------------------
+
+    def deliver(self, messages: list[Message[Any]]) -> None:
+        """Queue each message with every subscription that it matches."""
+        if self._targets_version != self._registry.version:
+            self._targets.clear()
+            self._targets_version = self._registry.version
+        for message in messages:
+            targets = self._targets.get(message.topic)
+            if targets is None:
+                targets = self._find_targets(message.topic)
+            identifiers = message.properties.subscription_identifiers
+            if identifiers:
+                targets = tuple(
+                    target
+                    for target in targets
+                    if target[0].identifier is None or target[0].identifier in identifiers
+                )
+            if not targets:
+                self._counters.unrouted += 1
+                message._done()  # pyright: ignore[reportPrivateUsage]
+            elif len(targets) == 1:
+                self._put(message, *targets[0])
+            else:
+                pending = [len(targets)]
+                for target in targets:
+                    self._put(message._for_one_of(pending), *target)  # pyright: ignore[reportPrivateUsage]
+
+    def _put(
+        self, message: Message[Any], registration: Registration[Subscription[Any]], subscription: Subscription[Any]
+    ) -> None:
+        if message.retain and not registration.options.retain_as_published:
+            message.replayed = 0 < registration.first_generation < message.generation
+        subscription.put(message)
+        if subscription.overflow is Overflow.BLOCK and subscription.full:
+            self._blocking.add(subscription)
+
+    def _find_targets(self, topic: str) -> tuple[Target, ...]:
+        targets = tuple(
+            (registration, subscription)
+            for registration in self._registry.match(topic)
+            for subscription in registration.members
+        )
+        if len(topic) <= _CACHED_LENGTH:
+            if len(self._targets) >= _CACHED_TOPICS:
+                self._targets.clear()
+            self._targets[topic] = targets
+        return targets
+
+    @property
+    def full(self) -> bool:
+        """Whether a subscription with ``Overflow.BLOCK`` has no room."""
+        return bool(self._blocking)
+
+    async def wait_room(self) -> None:
+        while self._blocking:
+            self._room = trio.Event()
+            await self._room.wait()
+
+    def changed(self, subscription: Subscription[Any]) -> None:
+        """A subscription's queue has become shorter."""
+        if self._blocking and subscription in self._blocking and not subscription.full:
+            self._blocking.discard(subscription)
+            self._room.set()
+
+    # -- the application's end ----------------------------------------------------------------------------------------
+
+    async def open(self, subscription: Subscription[Any], options: SubscriptionOptions) -> None:
+        """Route to a subscription and wait until the broker granted it, however many connections that takes.
+
+        The route is there before the broker hears of the filter. On an error or cancellation the subscription is
+        gone again. Raises ``SubscribeError`` or ``DriverClosedError``.
+        """
+        nursery = self._nursery
+        if nursery is None:
+            raise DriverClosedError("the driver is not running")
+        registration, revision = self._registry.add(subscription.topic_filter, options, subscription)
+        subscription.registration = registration
+        self._open.add(subscription)
+        if subscription.handler is not None:
+            nursery.start_soon(self._handle, subscription)
+        try:
+            code = await self._registry.wait_answer(registration, revision)
+            if code.is_failure:
+                raise SubscribeError(
+                    f"the broker refused to subscribe to {subscription.topic_filter!r}: {code}",
+                    subscription.topic_filter,
+                    code,
+                )
+        except BaseException:
+            self.close(subscription)
+            raise
+
+    def close(self, subscription: Subscription[Any]) -> Leaving | None:
+        """End a subscription; returns what to wait for if the broker must be told."""
+        self._open.discard(subscription)
+        leaving = None
+        if subscription.registration is not None:
+            leaving = self._registry.remove(subscription.registration, subscription)
+        subscription.close()
+        return leaving
+
+    async def close_and_wait(self, subscriptions: list[Subscription[Any]]) -> None:
+        """End subscriptions and wait until the broker forgot them. Raises ``UnsubscribeError``."""
+        leaving = [self.close(subscription) for subscription in subscriptions]
+        await trio.lowlevel.checkpoint()
+        for one in leaving:
+            if one is not None:
+                code = await self._registry.wait_left(one)
+                if code.is_failure:
+                    raise UnsubscribeError(
+                        f"the broker refused to unsubscribe {one.topic_filter!r}: {code}", one.topic_filter, code
+                    )
+
+    def find(self, target: Subscription[Any] | str) -> list[Subscription[Any]]:
+        """A subscription that is open, or the handler subscriptions of a topic filter."""
+        if isinstance(target, Subscription):
+            return [target] if target in self._open else []
+        return [one for one in self._open if one.topic_filter == target and one.handler is not None]
+
+    def close_all(self) -> None:
+        for subscription in list(self._open):
+            self._open.discard(subscription)
+            subscription.close()
+
+    # -- handlers -----------------------------------------------------------------------------------------------------
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """The message-dispatch task: home of the handlers' tasks. Runs until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+
+    async def _handle(self, subscription: Subscription[Any]) -> None:
+        handler = subscription.handler
+        assert handler is not None
+        async for message in subscription:
+            try:
+                outcome = handler(message)
+                if isinstance(outcome, Awaitable):
+                    await outcome
+            except Exception as exc:
+                # The policy for other people's bugs. Cancellation is no Exception and passes.
+                subscription.handler_failed()
+                if self._on_handler_error is not None:
+                    self._on_handler_error(exc)
+                    return
+                logger.exception("handler of %r failed on %r", subscription.topic_filter, message)

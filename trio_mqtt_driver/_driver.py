@@ -1,0 +1,462 @@
+"""``MQTTDriver``: the face. It holds the others together and does nothing clever."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
+
+import trio
+
+from ._codecs import decoder, encode_payload
+from ._config import DriverConfig
+from ._dispatch import Dispatcher
+from ._edges import ConnectionCallback, Edges
+from ._errors import DriverClosedError, MessageLostError, NotConnectedError, PublishTimeoutError, ServerLimitError
+from ._history import History
+from ._lifespan import Lifespan
+from ._limits import publish_error, subscribe_refusal
+from ._outbox import Outbox, Outgoing, Receipt
+from ._properties import encode_publish_properties
+from ._registry import Registry, SubscriptionOptions
+from ._status import Status
+from ._subscription import DeadLetterHandler, Handler, Subscription
+from ._supervisor import Supervisor
+from ._topics import check_filter, check_topic
+from ._types import (
+    NO_PROPERTIES,
+    OfflinePolicy,
+    Overflow,
+    PayloadFormat,
+    PublishProperties,
+    PublishResult,
+    RetainHandling,
+    State,
+    UserProperties,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self, Unpack
+
+T = TypeVar("T")
+
+MAXIMUM_MESSAGE = 268_435_455
+"""The greatest Remaining Length [MQTT-1.5.5]."""
+
+
+class PublishArguments(TypedDict, total=False):
+    """The MQTT 5 properties that ``publish()`` takes as keywords [MQTT-3.3.2.3]; 3.1.1 has none and drops them."""
+
+    payload_format: PayloadFormat | None
+    message_expiry: int | None
+    content_type: str | None
+    response_topic: str | None
+    correlation_data: bytes | None
+    user_properties: UserProperties
+
+
+class SubscribeArguments(TypedDict, total=False):
+    """The options that ``subscribe()`` and ``subscription()`` take as keywords.
+
+    ``queue_messages`` bounds the queue between network and handler (default: ``DriverConfig.queue_messages``), and
+    ``overflow`` says what happens when it is full. ``on_dead_letter(message, error)`` gets payloads that do not fit
+    the message class; without it they are logged. The others are those of `SubscriptionOptions`.
+    """
+
+    qos: int
+    no_local: bool
+    retain_as_published: bool
+    retain_handling: RetainHandling
+    identifier: int | None
+    user_properties: UserProperties
+    overflow: Overflow
+    queue_messages: int | None
+    on_dead_letter: DeadLetterHandler | None
+
+
+class MQTTDriver:
+    """Keeps one Trio application talking MQTT through every outage.
+
+    ``async with MQTTDriver("mqtt://localhost") as driver:`` enters when the link is live, and leaves with DISCONNECT.
+    With ``start="background"`` it enters at once; then ``await driver.wait_live()``.
+
+    ``config`` is a URL, with the fields of `DriverConfig` as keywords, or a `DriverConfig`. ``rng`` is where jitter
+    comes from. A driver may be used once, from the Trio thread only. Leaving waits at most ``drain_timeout`` for
+    acknowledgements and ``disconnect_timeout`` for the broker, also when cancelled.
+
+    The body's own exception leaves as itself. A refusal that cannot heal (`RefusedError`) cancels the body and is
+    raised; so is a handler's exception with ``on_handler_error="raise"``.
+    """
+
+    def __init__(
+        self,
+        config: DriverConfig | str,
+        *,
+        start: Literal["live", "background"] = "live",
+        rng: random.Random | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(config, str):
+            config = DriverConfig.from_url(config, **options)
+        elif not isinstance(config, DriverConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"config must be a DriverConfig or a URL, not {type(config).__name__}")
+        elif options:
+            raise TypeError(f"{', '.join(options)}: give options to the DriverConfig, or a URL with options")
+        if start not in ("live", "background"):
+            raise ValueError(f"start is {start!r}, allowed are 'live', 'background'")
+        self._start = start
+        self._lifespan = Lifespan()
+        self._history = History(config.history_events)
+        self._outbox = Outbox(max_messages=config.outbox_messages, max_bytes=config.outbox_bytes)
+        self._registry: Registry[Subscription[Any]] = Registry(identifiers=config.subscription_identifiers)
+        self._dispatcher = Dispatcher(
+            self._registry,
+            self._history.counters,
+            on_handler_error=self._lifespan.fail if config.on_handler_error == "raise" else None,
+        )
+        self._edges = Edges()
+        self._supervisor = Supervisor(
+            config,
+            registry=self._registry,
+            inbox=self._dispatcher,
+            outbox=self._outbox,
+            history=self._history,
+            edges=self._edges,
+            rng=rng or random.Random(),
+            on_terminal=self._lifespan.fail,
+        )
+        self._entered = False
+        self._left = False
+        self._context = self._live()
+
+    def __repr__(self) -> str:
+        return f"<MQTTDriver {self.config.client_id!r} {self.config.endpoint} {self.state.value}>"
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._entered:
+            raise RuntimeError("a driver can be entered once only; make a new MQTTDriver")
+        self._entered = True
+        await self._context.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return await self._context.__aexit__(kind, value, traceback)
+
+    @asynccontextmanager
+    async def _live(self) -> AsyncGenerator[None, None]:
+        try:
+            async with self._lifespan.around(self._run, ready=self._ready, stop=self._stop):
+                yield
+        finally:
+            self._left = True
+            self._registry.close()
+            self._dispatcher.close_all()
+            self._outbox.close(
+                lambda outgoing: MessageLostError(f"the driver was left before {outgoing.topic!r} was acknowledged")
+            )
+
+    async def _run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._dispatcher.run)
+            nursery.start_soon(self._supervisor.run)
+
+    async def _ready(self) -> None:
+        if self._start == "live":
+            await self.wait_live()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def _stop(self, graceful: bool) -> None:
+        config = self.config
+        with trio.move_on_after((config.drain_timeout if graceful else 0) + config.disconnect_timeout):
+            await self._supervisor.close(drain=graceful)
+
+    def _check_open(self) -> None:
+        if not self._entered:
+            raise DriverClosedError("the driver is not entered yet: use 'async with'")
+        if self._left:
+            raise DriverClosedError("the driver was left; make a new MQTTDriver")
+
+    # -- publishing ---------------------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        topic: str,
+        payload: object = b"",
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        offline: OfflinePolicy | Literal["wait", "fail"] = OfflinePolicy.WAIT,
+        **properties: Unpack[PublishArguments],
+    ) -> PublishResult:
+        """Publish, and wait until the guarantee of ``qos`` is met: for 0 until it is in the write buffer, for 1 until
+        PUBACK, for 2 until PUBCOMP [MQTT-4.3]. Outages are waited out, unless ``offline="fail"``.
+
+        ``payload`` may be bytes-like, str, None (empty), or a dict, list, attrs instance or dataclass, which becomes
+        JSON. Blocks while the link is down or the outbox is full.
+
+        Cancelling before the message is accepted has no effect; afterwards it ends the wait and not the delivery.
+
+        Raises ``ValueError`` or ``TypeError`` for bad arguments, ``ServerLimitError``, ``PublishRefusedError``,
+        ``PublishTimeoutError``, ``NotConnectedError`` (``offline="fail"`` only) and ``DriverClosedError``.
+        """
+        outgoing = self._outgoing(topic, payload, qos, retain, properties)
+        policy = OfflinePolicy(offline)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._check_open()
+        if policy is OfflinePolicy.FAIL and self.state is not State.LIVE:
+            raise NotConnectedError(f"publish to {topic!r}: the link is down ({self._supervisor.diagnosis()})")
+        timeout = self.config.publish_timeout
+        if timeout == math.inf:
+            return await self._publish(outgoing)
+        with trio.move_on_after(timeout):
+            return await self._publish(outgoing)
+        error = PublishTimeoutError(
+            f"{topic!r} was not acknowledged within publish_timeout={timeout:g} s", self._supervisor.diagnosis()
+        )
+        outgoing.settle(error)
+        raise error
+
+    async def _publish(self, outgoing: Outgoing) -> PublishResult:
+        await self._outbox.wait_room(outgoing.size)
+        self._check_open()
+        self._submit(outgoing)
+        return await outgoing.wait()
+
+    def publish_nowait(
+        self,
+        topic: str,
+        payload: object = b"",
+        *,
+        qos: int = 0,
+        retain: bool = False,
+        **properties: Unpack[PublishArguments],
+    ) -> Receipt:
+        """Hand a message over without waiting, link or no link; the receipt tells what became of it.
+
+        Raises what ``publish()`` raises for bad arguments, ``OutboxFullError`` and ``DriverClosedError``.
+        """
+        outgoing = self._outgoing(topic, payload, qos, retain, properties)
+        self._check_open()
+        self._submit(outgoing)
+        return Receipt(outgoing)
+
+    def _outgoing(
+        self, topic: str, payload: object, qos: int, retain: bool, properties: PublishArguments
+    ) -> Outgoing:
+        if isinstance(qos, bool) or qos not in (0, 1, 2):
+            raise ValueError(f"qos is {qos!r}, allowed are 0, 1, 2")
+        if not isinstance(retain, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"retain must be bool, not {type(retain).__name__}")
+        raw_topic = check_topic(topic)
+        raw_payload = encode_payload(payload)
+        if properties:
+            block = encode_publish_properties(PublishProperties(**_frozen(properties)))
+        else:
+            block = encode_publish_properties(NO_PROPERTIES)
+        if len(raw_topic) + len(raw_payload) + len(block) + 4 > MAXIMUM_MESSAGE:
+            raise ValueError(f"payload has {len(raw_payload)} bytes, allowed are about {MAXIMUM_MESSAGE} [MQTT-1.5.5]")
+        return Outgoing(topic, raw_topic, raw_payload, int(qos), retain, block, trio.current_time())
+
+    def _submit(self, outgoing: Outgoing) -> None:
+        connection = self._supervisor.connection if self.state is State.LIVE else None
+        if connection is not None:
+            error = publish_error(connection.limits, outgoing)
+            if error is not None:
+                raise error
+            if not outgoing.qos and connection.has_room and not self._outbox.holds_qos0:
+                connection.send(outgoing)
+                return
+        self._outbox.accept(outgoing)
+        if connection is not None:
+            connection.refill()
+
+    # -- subscribing --------------------------------------------------------------------------------------------------
+
+    @overload
+    async def subscribe(
+        self, topic_filter: str, handler: Handler[bytes], **options: Unpack[SubscribeArguments]
+    ) -> Subscription[bytes]: ...
+
+    @overload
+    async def subscribe(
+        self, topic_filter: str, handler: Handler[T], message_class: type[T], **options: Unpack[SubscribeArguments]
+    ) -> Subscription[T]: ...
+
+    async def subscribe(
+        self,
+        topic_filter: str,
+        handler: Handler[Any],
+        message_class: Any = bytes,
+        **options: Unpack[SubscribeArguments],
+    ) -> Subscription[Any]:
+        """Call ``handler(message)`` (sync or async) for each message, ``message.value`` being a ``message_class``.
+
+        ``message_class`` is ``bytes``, ``str``, or what is structured from JSON: ``dict``, ``list``, an attrs class,
+        a dataclass. With several message classes on one filter a message goes to those it fits.
+
+        Returns when the broker has granted the subscription, however many connections that takes; handlers of one
+        subscription run one after the other. It is replayed after each reconnect until it is unsubscribed. If
+        cancelled, nothing is subscribed.
+
+        Raises ``ValueError`` or ``TypeError`` for bad arguments, ``SubscribeError``, ``ServerLimitError`` and
+        ``DriverClosedError``.
+        """
+        if not callable(handler):
+            raise TypeError(f"handler must be callable, not {type(handler).__name__}")
+        return await self._subscribe(topic_filter, handler, message_class, options)
+
+    @overload
+    def subscription(
+        self, topic_filter: str, **options: Unpack[SubscribeArguments]
+    ) -> AbstractAsyncContextManager[Subscription[bytes]]: ...
+
+    @overload
+    def subscription(
+        self, topic_filter: str, message_class: type[T], **options: Unpack[SubscribeArguments]
+    ) -> AbstractAsyncContextManager[Subscription[T]]: ...
+
+    @asynccontextmanager
+    async def subscription(
+        self, topic_filter: str, message_class: Any = bytes, **options: Unpack[SubscribeArguments]
+    ) -> AsyncGenerator[Subscription[Any], None]:
+        """``async with driver.subscription("a/#") as messages:`` then ``async for message in messages:``.
+
+        Enters when the broker has granted the subscription, and lives across reconnects. A message is acknowledged
+        when the next one is asked for, or the block is left. Arguments and errors are those of ``subscribe()``.
+        """
+        subscription = await self._subscribe(topic_filter, None, message_class, options)
+        try:
+            yield subscription
+        finally:
+            self._dispatcher.close(subscription)
+            subscription.finish()
+
+    async def _subscribe(
+        self, topic_filter: str, handler: Handler[Any] | None, message_class: Any, options: SubscribeArguments
+    ) -> Subscription[Any]:
+        check_filter(topic_filter)
+        arguments: dict[str, Any] = dict(options)
+        overflow = Overflow(arguments.pop("overflow", Overflow.DROP_OLDEST))
+        queue_messages = arguments.pop("queue_messages", None) or self.config.queue_messages
+        on_dead_letter = arguments.pop("on_dead_letter", None)
+        subscription: Subscription[Any] = Subscription(
+            topic_filter,
+            decode=decoder(message_class),
+            typed=message_class is not bytes and message_class is not None,
+            handler=handler,
+            on_dead_letter=on_dead_letter,
+            overflow=overflow,
+            queue_messages=queue_messages,
+            counters=self._history.counters,
+            changed=self._dispatcher.changed,
+        )
+        subscription_options = SubscriptionOptions(**arguments)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._check_open()
+        connection = self._supervisor.connection if self.state is State.LIVE else None
+        if connection is not None:
+            refusal = subscribe_refusal(connection.limits, topic_filter)
+            if refusal is not None:
+                raise ServerLimitError(f"the broker announced that it refuses {topic_filter!r}: {refusal}")
+        await self._dispatcher.open(subscription, subscription_options)
+        return subscription
+
+    async def unsubscribe(self, target: Subscription[Any] | str) -> None:
+        """End a subscription, or all handler subscriptions of a topic filter.
+
+        The handler is not called again. The broker is told when nobody is left who wants the filter; returns when it
+        has answered. Cancelling ends the wait only.
+
+        Raises ``ValueError`` if nothing is subscribed so, ``UnsubscribeError`` and ``DriverClosedError``.
+        """
+        self._check_open()
+        subscriptions = self._dispatcher.find(target)
+        if not subscriptions:
+            raise ValueError(f"nothing is subscribed with {target!r}")
+        await self._dispatcher.close_and_wait(subscriptions)
+
+    # -- the link -----------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> DriverConfig:
+        """The settings in force."""
+        return self._supervisor.config
+
+    @property
+    def state(self) -> State:
+        """Where the driver is in the life of its connections."""
+        return self._supervisor.state
+
+    @property
+    def generation(self) -> int:
+        """How many links have been live so far; 0 before the first."""
+        return self._supervisor.generation
+
+    @property
+    def client_id(self) -> str | None:
+        """The client ID of the present connection; None without one."""
+        connection = self._supervisor.connection
+        return None if connection is None else connection.client_id
+
+    def status(self) -> Status:
+        """A snapshot of state, errors, counters and history; see `Status`."""
+        return self._supervisor.status()
+
+    async def wait_live(self) -> None:
+        """Return when the link is live. Raises ``RefusedError`` or ``DriverClosedError`` if it never will be."""
+        self._check_open()
+        await self._supervisor.wait_live()
+
+    async def ping(self) -> float:
+        """Send PINGREQ and return the round trip in seconds.
+
+        Raises ``NotConnectedError`` without a live link, or the reason for which the link was lost meanwhile.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._check_open()
+        connection = self._supervisor.connection
+        if self.state is not State.LIVE or connection is None:
+            raise NotConnectedError(f"ping: the link is down ({self._supervisor.diagnosis()})")
+        return await connection.ping().wait()
+
+    def force_reconnect(self, reason: str = "asked for", *, even_if_live: bool = False) -> bool:
+        """Connect anew now: forget failures, back-off and pause. Returns at once; ``wait_live()`` waits.
+
+        A live link is left alone, and False returned, unless ``even_if_live``. Raises ``DriverClosedError``.
+        """
+        self._check_open()
+        return self._supervisor.force_reconnect(reason, even_if_live=even_if_live)
+
+    def apply_settings(self, config: DriverConfig) -> None:
+        """Reconnect at once with other settings; subscriptions and queued messages stay.
+
+        The bounds of outbox, history and subscriptions and ``on_handler_error`` stay as they were at the start.
+        Raises ``DriverClosedError``.
+        """
+        self._check_open()
+        self._supervisor.apply_settings(config)
+
+    def register_connection_callback(self, callback: ConnectionCallback) -> Callable[[], None]:
+        """Call ``callback(True)`` when the link comes up and ``callback(False)`` when it is lost, edges only.
+
+        Not called at registration. It must not block; its exceptions are logged. Returns a function that ends it,
+        which may be called any number of times, also inside a callback.
+        """
+        return self._edges.register(callback)
+
+
+def _frozen(properties: PublishArguments) -> dict[str, Any]:
+    """User properties may come as any sequence; the value keeps a tuple."""
+    values: dict[str, Any] = dict(properties)
+    if "user_properties" in values:
+        values["user_properties"] = tuple(values["user_properties"])
+    return values

@@ -1,0 +1,107 @@
+"""How ``async with MQTTDriver(...)`` begins and ends: one body, the services it uses, and which exception leaves.
+
+The services (supervisor, dispatch) run in a nursery around the body, shielded: whatever cancels the body, from outside
+or by us, they still work until the body has unwound, so that a ``finally:`` in it can publish. Only then are they
+stopped, within a bound, and cancelled.
+
+The nursery never shows, because no exception reaches it. What the body raised is kept and raised again outside, as the
+same object; ``Cancelled`` too, which then meets the scope it belongs to. What a service raised is kept in ``_error``
+and cancels the body. Who wins:
+
+1. what the body raised (an exception, Ctrl-C, or a cancellation from outside), as itself;
+2. else why the driver stopped for good: a terminal refusal, a handler's exception under ``on_handler_error="raise"``;
+   Ctrl-C that hit a service is Ctrl-C again; anything else there is our bug, a ``DriverInternalError``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from ._errors import DriverInternalError
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+logger = logging.getLogger("trio_mqtt_driver")
+
+
+class Lifespan:
+    """Binds services to a body."""
+
+    def __init__(self) -> None:
+        self._body = trio.CancelScope()
+        self._services = trio.CancelScope(shield=True)
+        self._error: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """Stop for good: cancel the body, and let ``error`` leave the ``async with``. The first one counts."""
+        if self._error is None:
+            self._error = error
+            self._body.cancel(reason=f"the driver stopped: {error!r}")
+
+    @asynccontextmanager
+    async def around(
+        self,
+        services: Callable[[], Awaitable[None]],
+        *,
+        ready: Callable[[], Awaitable[None]],
+        stop: Callable[[bool], Awaitable[None]],
+    ) -> AsyncGenerator[None, None]:
+        """Run ``services`` around the body, which begins after ``ready()``.
+
+        ``stop(graceful)`` ends them: it must bound itself, and is shielded. ``graceful`` is False if the body raised.
+        """
+        body_error: BaseException | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run, services)
+            try:
+                with self._body:
+                    await ready()
+                    yield
+            except BaseException as exc:  # raised again below, once the services have ended
+                body_error = exc
+            with trio.CancelScope(shield=True):
+                await self._stop(stop, graceful=body_error is None and self._error is None)
+            self._services.cancel(reason="the driver is left")
+        error = self._error
+        if body_error is not None:
+            if error is not None:
+                logger.error("the driver had stopped before the body raised", exc_info=error)
+            raise body_error
+        if error is not None:
+            raise error
+
+    async def _run(self, services: Callable[[], Awaitable[None]]) -> None:
+        try:
+            with self._services:
+                await services()
+        except BaseException as exc:  # it is kept, and leaves through around()
+            self.fail(_translate(exc))
+
+    async def _stop(self, stop: Callable[[bool], Awaitable[None]], *, graceful: bool) -> None:
+        try:
+            await stop(graceful)
+        except Exception as exc:  # a bug of ours must not keep the body's exception from leaving
+            self.fail(_translate(exc))
+
+
+def _translate(exc: BaseException) -> BaseException:
+    if isinstance(exc, BaseExceptionGroup):
+        interrupts = exc.subgroup((KeyboardInterrupt, SystemExit))
+        if interrupts is not None:
+            leaf: BaseException = interrupts
+            while isinstance(leaf, BaseExceptionGroup):
+                leaf = leaf.exceptions[0]
+            fresh = type(leaf)(*leaf.args)
+            fresh.__cause__ = exc
+            return fresh
+    elif isinstance(exc, KeyboardInterrupt | SystemExit):
+        return exc
+    error = DriverInternalError("a bug in trio-mqtt-driver; please report it with this traceback")
+    error.__cause__ = exc
+    return error

@@ -1,0 +1,300 @@
+"""Bytes only: split what a broker sends into packets, and decode and encode the PUBLISH family.
+
+Nearly all traffic is PUBLISH, PUBACK, PUBREC, PUBREL and PUBCOMP, and paho needs ten times longer for them, so these
+five are handled here, in one pass over what one ``receive_some`` brought; the tests hold them against paho's own
+codec. Every other packet is handed on whole, for paho.
+
+Hazards this module must keep out: an index that runs from a truncated packet into the next one (every read is bounded
+by ``stop``, never by the end of the data); quadratic work on a packet that trickles in (nothing is parsed again until
+the length that its header names is there); memory that a peer decides on (the length is checked before it is awaited).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._errors import ProtocolError
+from ._properties import decode_publish_properties, decode_reason_string, decode_text, encode_varint
+from ._types import NO_PROPERTIES, Message, PublishProperties
+
+CONNACK = 0x20
+PUBACK = 0x40
+PUBREC = 0x50
+PUBREL = 0x62
+PUBCOMP = 0x70
+SUBACK = 0x90
+UNSUBACK = 0xB0
+PINGRESP = 0xD0
+DISCONNECT = 0xE0
+AUTH = 0xF0
+
+PINGREQ_PACKET = b"\xc0\x00"
+
+Ack = tuple[int, int, int, "str | None"]
+"""(first byte, packet identifier, reason code, reason string)"""
+
+Packet = Message[Any] | Ack | bytes
+
+_NAMES = {
+    1: "CONNECT",
+    2: "CONNACK",
+    3: "PUBLISH",
+    4: "PUBACK",
+    5: "PUBREC",
+    6: "PUBREL",
+    7: "PUBCOMP",
+    8: "SUBSCRIBE",
+    9: "SUBACK",
+    10: "UNSUBSCRIBE",
+    11: "UNSUBACK",
+    12: "PINGREQ",
+    13: "PINGRESP",
+    14: "DISCONNECT",
+    15: "AUTH",
+}
+_FROM_SERVER_4 = {CONNACK, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBACK, UNSUBACK, PINGRESP}
+_FROM_SERVER_4.update(first for first in range(0x30, 0x40) if first & 6 != 6)
+_FROM_SERVER_5 = _FROM_SERVER_4 | {DISCONNECT, AUTH}
+_ACKS = {PUBACK, PUBREC, PUBREL, PUBCOMP}
+
+# Caches are emptied when full: an entry that is still in use comes back with the next message.
+_CACHED_TOPICS = 4096
+_CACHED_BLOCKS = 256
+_CACHED_LENGTH = 256
+
+
+def packet_name(first: int) -> str:
+    return _NAMES.get(first >> 4, f"packet type {first >> 4}")
+
+
+class PacketReader:
+    """Turns the bytes of one connection into packets, however they are chopped."""
+
+    def __init__(
+        self, *, version: int, maximum_packet_size: int, topic_alias_maximum: int = 0, generation: int = 0
+    ) -> None:
+        self.error: ProtocolError | None = None
+        """Set when the stream can no longer be trusted; the packets before the fault were returned by ``feed``."""
+        self._version5 = version == 5
+        self._allowed = _FROM_SERVER_5 if version == 5 else _FROM_SERVER_4
+        self._maximum_packet_size = maximum_packet_size
+        self._topic_alias_maximum = topic_alias_maximum
+        self._generation = generation
+        self._expect_connack = True
+        self._rest = bytearray()
+        self._need = 0
+        self._topics: dict[bytes, str] = {}
+        self._blocks: dict[bytes, PublishProperties] = {}
+        self._aliases: dict[int, str] = {}
+
+    @property
+    def mid_packet(self) -> bool:
+        """Whether a packet has begun and is not complete."""
+        return bool(self._rest)
+
+    def feed(self, data: bytes) -> list[Packet]:
+        """The packets that are complete with ``data``; sets ``error`` at the first byte that MQTT does not allow."""
+        if self.error is not None:
+            return []
+        if self._rest:
+            self._rest += data
+            if len(self._rest) < self._need:
+                return []
+            data = bytes(self._rest)
+            self._rest.clear()
+        packets: list[Packet] = []
+        try:
+            start = self._split(data, packets)
+        except ProtocolError as exc:
+            self.error = exc
+        else:
+            self._rest += data[start:]
+        return packets
+
+    def _split(self, data: bytes, packets: list[Packet]) -> int:
+        """Append all complete packets; return where the incomplete one begins."""
+        start = 0
+        end = len(data)
+        while start < end:
+            first = data[start]
+            if first not in self._allowed or self._expect_connack:
+                self._check_first(first, data, start)
+            pos = start + 1
+            if pos == end:
+                self._need = 2
+                return start
+            length = data[pos]
+            pos += 1
+            if length > 127:
+                length &= 127
+                shift = 7
+                while True:
+                    if pos == end:
+                        self._need = pos - start + 1
+                        return start
+                    byte = data[pos]
+                    pos += 1
+                    length |= (byte & 127) << shift
+                    if byte < 128:
+                        break
+                    shift += 7
+                    if shift > 21:
+                        raise ProtocolError("malformed packet: a Remaining Length of more than 4 bytes [MQTT-1.5.5]")
+            stop = pos + length
+            if stop - start > self._maximum_packet_size:
+                raise ProtocolError(
+                    f"{packet_name(first)} of {stop - start} bytes is larger than "
+                    f"maximum_packet_size={self._maximum_packet_size} [MQTT-3.1.2-24]"
+                )
+            if stop > end:
+                self._need = stop - start
+                return start
+            if first & 0xF0 == 0x30:
+                packets.append(self._publish(first, data, pos, stop))
+            elif first in _ACKS:
+                packets.append(self._ack(first, data, pos, stop))
+            else:
+                packets.append(data[start:stop])
+            start = stop
+        return start
+
+    def _check_first(self, first: int, data: bytes, start: int) -> None:
+        if self._expect_connack:
+            if first == CONNACK or (first == AUTH and self._version5):
+                self._expect_connack = first != CONNACK
+                return
+            seen = bytes(data[start : start + 12])
+            hint = ""
+            if seen[:5] == b"HTTP/"[: len(seen)]:
+                hint = "; an HTTP server is listening there"
+            elif first in (0x15, 0x16):
+                hint = "; a TLS server is listening there: use mqtts://"
+            raise ProtocolError(f"the first packet must be CONNACK [MQTT-3.2.0-1], but it begins with {seen!r}{hint}")
+        raise ProtocolError(f"malformed packet: {packet_name(first)} with first byte 0x{first:02x} from a server")
+
+    def _publish(self, first: int, data: bytes, pos: int, stop: int) -> Message[Any]:
+        body = pos + 2
+        if body > stop:
+            raise ProtocolError("malformed packet: PUBLISH without a Topic Name [MQTT-3.3.2-1]")
+        pos = body + (data[pos] << 8 | data[pos + 1])
+        if pos > stop:
+            raise ProtocolError("malformed packet: PUBLISH whose Topic Name is longer than the packet [MQTT-3.3.2-1]")
+        raw = data[body:pos]
+        topic = self._topics.get(raw)
+        if topic is None:
+            topic = self._new_topic(raw)
+        qos = first >> 1 & 3
+        packet_id = 0
+        if qos:
+            if pos + 2 > stop:
+                raise ProtocolError("malformed packet: PUBLISH without its Packet Identifier [MQTT-2.2.1-2]")
+            packet_id = data[pos] << 8 | data[pos + 1]
+            if not packet_id:
+                raise ProtocolError("protocol error: PUBLISH with Packet Identifier 0 [MQTT-2.2.1-3]")
+            pos += 2
+        elif first & 8:
+            raise ProtocolError("malformed packet: PUBLISH with DUP and QoS 0 [MQTT-3.3.1-2]")
+        properties = NO_PROPERTIES
+        if self._version5:
+            if pos >= stop:
+                raise ProtocolError("malformed packet: PUBLISH without a property length [MQTT-2.2.2-1]")
+            if data[pos]:
+                properties, pos = self._publish_properties(data, pos, stop)
+                if properties.topic_alias is not None:
+                    topic = self._resolve_alias(topic, properties.topic_alias)
+            else:
+                pos += 1
+        if not topic:
+            raise ProtocolError("protocol error: PUBLISH with an empty Topic Name [MQTT-4.7.3-1]")
+        return Message(
+            topic, data[pos:stop], qos, first & 1 == 1, first & 8 == 8, properties, packet_id, self._generation
+        )
+
+    def _new_topic(self, raw: bytes) -> str:
+        topic = decode_text(raw, "a Topic Name")
+        if "+" in topic or "#" in topic:
+            raise ProtocolError(f"malformed packet: a Topic Name with a wildcard [MQTT-3.3.2-2]: {raw[:60]!r}")
+        if len(raw) <= _CACHED_LENGTH:
+            if len(self._topics) >= _CACHED_TOPICS:
+                self._topics.clear()
+            self._topics[raw] = topic
+        return topic
+
+    def _publish_properties(self, data: bytes, pos: int, stop: int) -> tuple[PublishProperties, int]:
+        length = data[pos] & 127
+        shift = 7
+        while data[pos] > 127:
+            pos += 1
+            if pos >= stop or shift > 21:
+                raise ProtocolError("malformed packet: the property length of PUBLISH [MQTT-2.2.2.1]")
+            length |= (data[pos] & 127) << shift
+            shift += 7
+        pos += 1
+        end = pos + length
+        if end > stop:
+            raise ProtocolError("malformed packet: the properties of PUBLISH are longer than it [MQTT-2.2.2.1]")
+        if length > _CACHED_LENGTH:
+            return decode_publish_properties(data, pos, end), end
+        block = data[pos:end]
+        properties = self._blocks.get(block)
+        if properties is None:
+            if len(self._blocks) >= _CACHED_BLOCKS:
+                self._blocks.clear()
+            properties = self._blocks[block] = decode_publish_properties(data, pos, end)
+        return properties, end
+
+    def _resolve_alias(self, topic: str, alias: int) -> str:
+        if alias > self._topic_alias_maximum:
+            raise ProtocolError(
+                f"protocol error: Topic Alias {alias}, announced were at most {self._topic_alias_maximum} [MQTT-3.1.2-26]"
+            )
+        if topic:
+            self._aliases[alias] = topic
+            return topic
+        try:
+            return self._aliases[alias]
+        except KeyError:
+            raise ProtocolError(f"protocol error: Topic Alias {alias} was never set [MQTT-3.3.2-7]") from None
+
+    def _ack(self, first: int, data: bytes, pos: int, stop: int) -> Ack:
+        length = stop - pos
+        if length < 2 or (length > 2 and not self._version5):
+            raise ProtocolError(f"malformed packet: {packet_name(first)} with {length} bytes after its header")
+        packet_id = data[pos] << 8 | data[pos + 1]
+        if not packet_id:
+            raise ProtocolError(f"protocol error: {packet_name(first)} with Packet Identifier 0 [MQTT-2.2.1-3]")
+        code = data[pos + 2] if length > 2 else 0
+        return first, packet_id, code, decode_reason_string(data, pos + 3, stop) if length > 3 else None
+
+
+def encode_publish(
+    topic: bytes,
+    payload: bytes,
+    *,
+    qos: int = 0,
+    retain: bool = False,
+    dup: bool = False,
+    packet_id: int = 0,
+    properties: bytes | None = None,
+) -> bytes:
+    """A PUBLISH packet. ``properties`` is a whole property block for MQTT 5 and None for 3.1.1."""
+    length = 2 + len(topic) + len(payload) + (2 if qos else 0) + (len(properties) if properties is not None else 0)
+    first = 0x30 | (8 if dup else 0) | qos << 1 | (1 if retain else 0)
+    return b"".join(
+        (
+            bytes((first,)),
+            encode_varint(length),
+            len(topic).to_bytes(2, "big"),
+            topic,
+            packet_id.to_bytes(2, "big") if qos else b"",
+            properties or b"",
+            payload,
+        )
+    )
+
+
+def encode_ack(first: int, packet_id: int, code: int = 0) -> bytes:
+    """PUBACK, PUBREC, PUBREL or PUBCOMP; a reason code other than 0 exists in MQTT 5 only."""
+    if code:
+        return bytes((first, 3, packet_id >> 8, packet_id & 255, code))
+    return bytes((first, 2, packet_id >> 8, packet_id & 255))

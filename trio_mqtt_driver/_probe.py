@@ -1,0 +1,70 @@
+"""The test of a fresh connection: CONNACK says that a broker answers, an acknowledged publish says that it works."""
+
+from __future__ import annotations
+
+import trio
+
+from ._connection import Connection, Reply
+from ._errors import ProbeError, PublishRefusedError
+from ._limits import publish_error
+from ._outbox import Outgoing
+from ._paho import SubscribeRequest
+from ._topics import check_topic
+from ._types import ReasonCode
+
+_ADVICE = "allow it in the broker's access list, or set probe_topic or probe='ping'"
+
+
+async def probe(connection: Connection) -> str:
+    """Validate the link as ``config.probe`` says; returns how it went in words. Raises ``ProbeError``."""
+    config = connection.config
+    if config.probe == "ping" or connection.limits.maximum_qos == 0:
+        return await _ping(connection)
+    topic = config.probe_topic_for(connection.client_id)
+    with trio.move_on_after(config.probe_timeout) as scope:
+        if config.probe == "echo":
+            await _echo(connection, topic)
+        else:
+            await _publish(connection, topic)
+    if scope.cancelled_caught:
+        raise ProbeError(
+            f"the test publish to {topic!r} was not acknowledged within probe_timeout={config.probe_timeout:g} s"
+        )
+    return f"test publish to {topic!r} acknowledged in {connection.round_trip or 0:.3f} s"
+
+
+async def _ping(connection: Connection) -> str:
+    timeout = connection.config.probe_timeout
+    with trio.move_on_after(timeout):
+        return f"PINGREQ answered in {await connection.ping().wait():.3f} s"
+    raise ProbeError(f"PINGREQ was not answered within probe_timeout={timeout:g} s")
+
+
+async def _publish(connection: Connection, topic: str) -> None:
+    now = trio.current_time()
+    outgoing = Outgoing(topic, check_topic(topic, "probe_topic"), connection.client_id.encode(), 1, False, b"\0", now)
+    error = publish_error(connection.limits, outgoing)
+    if error is not None:
+        raise ProbeError(f"the test publish to {topic!r} is not possible: {error}") from error
+    connection.send(outgoing)
+    try:
+        result = await outgoing.wait()
+    except PublishRefusedError as exc:
+        raise ProbeError(f"the test publish was refused: {exc}; {_ADVICE}") from exc
+    connection.round_trip = result.latency
+
+
+async def _echo(connection: Connection, topic: str) -> None:
+    echoed = Reply[None]()
+    connection.echo = (topic, echoed)
+    request = SubscribeRequest(topic_filter=topic, qos=1)
+    (code,) = await connection.subscribe([request], None).wait()
+    if code.is_failure:
+        raise ProbeError(f"the broker refused to subscribe to the probe topic {topic!r}: {code}; {_ADVICE}")
+    await _publish(connection, topic)
+    await echoed.wait()
+    # The echo may come again until UNSUBACK: with a subscription of QoS 1 a broker may repeat it.
+    (code,) = await connection.unsubscribe([topic]).wait()
+    connection.echo = None
+    if code.is_failure and code != ReasonCode.NO_SUBSCRIPTION_EXISTED:
+        raise ProbeError(f"the broker refused to unsubscribe from the probe topic {topic!r}: {code}")

@@ -1,0 +1,313 @@
+"""The subscriptions that the application wants, and what the broker made of them. Pure: no I/O.
+
+One *registration* is one Topic Filter on the broker; its *members* are the local subscriptions that share it. A
+registration is *due* when the broker has not been told of its present form: after ``add``, after an upgrade, and after
+every reconnect. Whoever holds the connection works off what is due (``_replay``), so a first SUBSCRIBE, ten thousand
+concurrent ones and the replay after a reconnect are one and the same path.
+
+Overlapping filters: a broker may send one copy of a message per matching filter [MQTT-3.3.5-1]. Each copy fans out
+here by topic, so each subscription would get all of them. With MQTT 5 the copies carry Subscription Identifiers.
+Filters are therefore sorted into classes within which no two can match the same topic; a class is one identifier, and
+a copy goes only to the matches of the classes that it names. One identifier per filter would do the same at the price
+of one SUBSCRIBE packet per filter, since the identifier belongs to the packet.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+import attrs
+import trio
+
+from ._errors import DriverClosedError
+from ._paho import SubscribeRequest
+from ._topics import FilterTrie, split_share
+from ._types import ReasonCode, RetainHandling
+from ._validators import between, freeze, instance, one_of, pairs
+
+OWN_IDENTIFIERS = 1023
+"""Subscription Identifiers up to this one are the driver's; the application's are above."""
+
+M = TypeVar("M")
+
+
+@attrs.frozen(kw_only=True)
+class SubscriptionOptions:
+    """How to subscribe [MQTT-3.8.3.1]; all but ``qos`` are MQTT 5's and without effect on 3.1.1.
+
+    ``identifier`` (1024 to 268,435,455) comes back in ``message.properties.subscription_identifiers``.
+    """
+
+    qos: int = attrs.field(default=0, validator=one_of(0, 1, 2))
+    no_local: bool = attrs.field(default=False, validator=instance(bool))
+    retain_as_published: bool = attrs.field(default=False, validator=instance(bool))
+    retain_handling: RetainHandling = attrs.field(default=RetainHandling.SEND, validator=one_of(0, 1, 2))
+    identifier: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(between(OWN_IDENTIFIERS + 1, 268_435_455))
+    )
+    user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
+
+
+class Standing(enum.Enum):
+    """Where a registration stands with the broker."""
+
+    DUE = "due"
+    SENT = "sent"
+    GRANTED = "granted"
+    REFUSED = "refused"
+
+
+@attrs.define(eq=False)
+class Registration(Generic[M]):
+    """One Topic Filter that the broker shall know."""
+
+    topic_filter: str
+    options: SubscriptionOptions
+    identifier: int | None
+    """The Subscription Identifier: the application's, or that of the registration's class."""
+    members: list[M] = attrs.Factory(list)
+    standing: Standing = Standing.DUE
+    reason_code: ReasonCode | None = None
+    """What the last SUBACK said; None before the first."""
+    first_generation: int = 0
+    """The generation that granted it first; retained messages that a later one brings are repetitions."""
+    revision: int = 0
+    told: bool = False
+    """Whether a SUBSCRIBE for it went to the present session."""
+    answered: int = 0
+    """The revision that the last SUBACK was for."""
+    changed: trio.Event = attrs.Factory(trio.Event)
+
+    @property
+    def plain_filter(self) -> str:
+        return split_share(self.topic_filter)[1]
+
+    def request(self) -> SubscribeRequest:
+        options = self.options
+        return SubscribeRequest(
+            topic_filter=self.topic_filter,
+            qos=options.qos,
+            no_local=options.no_local,
+            retain_as_published=options.retain_as_published,
+            retain_handling=options.retain_handling,
+        )
+
+
+@attrs.define(eq=False)
+class Leaving:
+    """A Topic Filter that the broker shall forget."""
+
+    topic_filter: str
+    reason_code: ReasonCode | None = None
+    done: trio.Event = attrs.Factory(trio.Event)
+
+
+@attrs.define(eq=False)
+class Batch(Generic[M]):
+    """What one SUBSCRIBE packet carries."""
+
+    registrations: list[Registration[M]]
+    revisions: list[int]
+    identifier: int | None
+    user_properties: tuple[tuple[str, str], ...]
+
+
+class Registry(Generic[M]):
+    """All registrations, and which of them the broker must still be told."""
+
+    def __init__(self, *, identifiers: bool) -> None:
+        self._identifiers = identifiers
+        self._wanted: dict[str, Registration[M]] = {}
+        self._due: dict[str, Registration[M]] = {}
+        self._leaving: dict[str, Leaving] = {}
+        self._routes: FilterTrie[Registration[M]] = FilterTrie()
+        self._classes: list[FilterTrie[Registration[M]]] = []
+        self._class_of: dict[Registration[M], FilterTrie[Registration[M]]] = {}
+        self._work = trio.Event()
+        self._closed = False
+        self.version = 0
+        """Changes whenever routes do."""
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def __iter__(self) -> Iterator[Registration[M]]:
+        return iter(self._wanted.values())
+
+    def match(self, topic: str) -> list[Registration[M]]:
+        """The registrations whose filter matches a Topic Name."""
+        return self._routes.match(topic)
+
+    @property
+    def degraded(self) -> list[Registration[M]]:
+        """Those that the broker refuses."""
+        return [registration for registration in self if registration.standing is Standing.REFUSED]
+
+    def add(self, topic_filter: str, options: SubscriptionOptions, member: M) -> tuple[Registration[M], int]:
+        """Want a filter. Returns its registration and the revision of it that ``member`` needs.
+
+        A filter that is there already is shared: the higher QoS wins. Raises ``ValueError`` if its other options
+        differ, since the broker keeps one set per filter.
+        """
+        registration = self._wanted.get(topic_filter)
+        if registration is None:
+            registration = Registration(topic_filter, options, options.identifier)
+            if options.identifier is None and self._identifiers:
+                registration.identifier = self._classify(registration)
+            self._wanted[topic_filter] = registration
+            self._routes.add(registration.plain_filter, registration)
+        else:
+            same = attrs.evolve(options, qos=registration.options.qos)
+            if same != registration.options:
+                raise ValueError(
+                    f"{topic_filter!r} is subscribed already with {registration.options}; "
+                    f"subscriptions of one filter may differ in qos only, not as {options}"
+                )
+            # Subscribed again even at the same QoS: that is what makes the broker send the newcomer the retained
+            # messages. Members that were there before see them again, marked as retained.
+            if options.qos > registration.options.qos:
+                registration.options = options
+        registration.members.append(member)
+        registration.revision += 1
+        self._make_due(registration)
+        self.version += 1
+        return registration, registration.revision
+
+    def remove(self, registration: Registration[M], member: M) -> Leaving | None:
+        """Want no longer. The last member takes the filter off the broker: returns what to wait for, if that is so."""
+        if member not in registration.members:
+            return None
+        registration.members.remove(member)
+        self.version += 1
+        if registration.members:
+            return None
+        topic_filter = registration.topic_filter
+        del self._wanted[topic_filter]
+        self._due.pop(topic_filter, None)
+        self._routes.remove(registration.plain_filter, registration)
+        filters = self._class_of.pop(registration, None)
+        if filters is not None:
+            filters.remove(registration.plain_filter, registration)
+        if not registration.told:
+            return None
+        leaving = self._leaving.setdefault(topic_filter, Leaving(topic_filter))
+        self._work.set()
+        return leaving
+
+    def _classify(self, registration: Registration[M]) -> int | None:
+        for number, filters in enumerate(self._classes, 1):
+            if not filters.overlaps(registration.plain_filter):
+                break
+        else:
+            if len(self._classes) == OWN_IDENTIFIERS:
+                return None
+            filters = FilterTrie()
+            self._classes.append(filters)
+            number = len(self._classes)
+        filters.add(registration.plain_filter, registration)
+        self._class_of[registration] = filters
+        return number
+
+    def _make_due(self, registration: Registration[M]) -> None:
+        registration.standing = Standing.DUE
+        self._due[registration.topic_filter] = registration
+        self._work.set()
+
+    # -- for whoever holds the connection ---------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A new session: the broker knows nothing, so what was to be forgotten is."""
+        for topic_filter in list(self._leaving):
+            self.left(topic_filter, ReasonCode.SUCCESS)
+        for registration in self:
+            registration.told = False
+            self._make_due(registration)
+
+    async def wait_work(self) -> None:
+        """Return when something is due."""
+        while not self._due and not self._leaving:
+            self._work = trio.Event()
+            await self._work.wait()
+
+    @property
+    def leaving(self) -> list[str]:
+        """The filters to UNSUBSCRIBE: before what is due, so that one that came back is subscribed last."""
+        return list(self._leaving)
+
+    def left(self, topic_filter: str, code: ReasonCode) -> None:
+        """The broker has forgotten a filter, or refused to."""
+        leaving = self._leaving.pop(topic_filter)
+        leaving.reason_code = code
+        leaving.done.set()
+
+    def take_due(self, *, size: int, max_bytes: int | None) -> list[Batch[M]]:
+        """Everything that is due, as SUBSCRIBE packets of at most ``size`` filters and ``max_bytes``."""
+        groups: dict[tuple[int | None, tuple[tuple[str, str], ...]], list[Registration[M]]] = {}
+        for registration in self._due.values():
+            key = (registration.identifier, registration.options.user_properties)
+            groups.setdefault(key, []).append(registration)
+        self._due.clear()
+        batches: list[Batch[M]] = []
+        for (identifier, user_properties), registrations in groups.items():
+            overhead = 16 + sum(8 + len(name.encode()) + len(value.encode()) for name, value in user_properties)
+            batch: Batch[M] | None = None
+            used = 0
+            for registration in registrations:
+                registration.standing = Standing.SENT
+                registration.told = True
+                length = 3 + len(registration.topic_filter.encode())
+                too_long = max_bytes is not None and overhead + used + length > max_bytes
+                if batch is None or too_long or len(batch.registrations) >= size:
+                    batch = Batch([], [], identifier, user_properties)
+                    batches.append(batch)
+                    used = 0
+                batch.registrations.append(registration)
+                batch.revisions.append(registration.revision)
+                used += length
+        return batches
+
+    def answer(self, registration: Registration[M], revision: int, code: ReasonCode, generation: int) -> None:
+        """The broker answered for a filter as it was at ``revision``."""
+        registration.reason_code = code
+        registration.answered = max(registration.answered, revision)
+        if not code.is_failure and not registration.first_generation:
+            registration.first_generation = generation
+        if registration.revision == revision and registration.standing is Standing.SENT:
+            registration.standing = Standing.REFUSED if code.is_failure else Standing.GRANTED
+        registration.changed.set()
+        registration.changed = trio.Event()
+
+    # -- for whoever subscribes -------------------------------------------------------------------------------------
+
+    async def wait_answer(self, registration: Registration[M], revision: int) -> ReasonCode:
+        """Return what the broker said to this revision, however many connections that takes.
+
+        Raises ``DriverClosedError``.
+        """
+        while registration.answered < revision:
+            self._check_open()
+            await registration.changed.wait()
+        assert registration.reason_code is not None
+        return registration.reason_code
+
+    async def wait_left(self, leaving: Leaving) -> ReasonCode:
+        """Return what the broker said to UNSUBSCRIBE; a session that ended has forgotten. Raises ``DriverClosedError``."""
+        await leaving.done.wait()
+        if leaving.reason_code is None:
+            self._check_open()
+        assert leaving.reason_code is not None
+        return leaving.reason_code
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DriverClosedError("the driver was left before the broker answered")
+
+    def close(self) -> None:
+        """No connection will come any more: wake everybody who waits for an answer."""
+        self._closed = True
+        for registration in self:
+            registration.changed.set()
+        for leaving in self._leaving.values():
+            leaving.done.set()

@@ -1,0 +1,65 @@
+"""Bring the broker's subscriptions to what the registry wants: the replay of all, and every single change later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from ._connection import Connection, Reply
+from ._errors import AckTimeoutError
+from ._limits import subscribe_refusal
+from ._registry import Batch, Registry
+from ._types import ReasonCode
+
+
+async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
+    """Tell the broker everything that is due, in batches sent at once, and take in the answers.
+
+    Returns when nothing is due any more. Raises ``AckTimeoutError`` if the broker leaves a batch unanswered for
+    ``subscribe_timeout``; a refusal is an answer like any other. Cancelling may leave requests unanswered, so the
+    connection must not be used afterwards.
+    """
+    size = connection.config.replay_batch
+    while True:
+        leaving = registry.leaving
+        removals = [leaving[start : start + size] for start in range(0, len(leaving), size)]
+        # UNSUBSCRIBE first, and answered: a filter that left and came back must end up subscribed.
+        replies = [(filters, connection.unsubscribe(filters)) for filters in removals]
+        for filters, reply in replies:
+            for topic_filter, code in zip(filters, await _answer(connection, reply, "UNSUBSCRIBE"), strict=True):
+                registry.left(topic_filter, code)
+        batches = registry.take_due(size=size, max_bytes=connection.limits.maximum_packet_size)
+        if not batches:
+            if registry.leaving:
+                continue
+            return
+        await _subscribe(connection, registry, batches)
+
+
+async def _subscribe(connection: Connection, registry: Registry[Any], batches: list[Batch[Any]]) -> None:
+    requests = []
+    for batch in batches:
+        sent = []
+        for registration, revision in zip(batch.registrations, batch.revisions, strict=True):
+            refusal = subscribe_refusal(connection.limits, registration.topic_filter)
+            if refusal is None:
+                sent.append((registration, revision))
+            else:
+                registry.answer(registration, revision, refusal, connection.generation)
+        if sent:
+            reply = connection.subscribe(
+                [registration.request() for registration, _ in sent], batch.identifier, batch.user_properties
+            )
+            requests.append((sent, reply))
+    for sent, reply in requests:
+        codes = await _answer(connection, reply, "SUBSCRIBE")
+        for (registration, revision), code in zip(sent, codes, strict=True):
+            registry.answer(registration, revision, code, connection.generation)
+
+
+async def _answer(connection: Connection, reply: Reply[tuple[ReasonCode, ...]], what: str) -> tuple[ReasonCode, ...]:
+    timeout = connection.config.subscribe_timeout
+    with trio.move_on_after(timeout):
+        return await reply.wait()
+    raise AckTimeoutError(f"{what} was not answered within subscribe_timeout={timeout:g} s")

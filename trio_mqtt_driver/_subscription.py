@@ -1,0 +1,243 @@
+"""One local subscription: its bounded queue, and the iterator or the handler at the end of it.
+
+The queue is filled by the reader of the connection, which never waits (``put`` is synchronous), and emptied by one
+task. It belongs to the driver, not to a connection, so it lives across reconnects.
+
+A message is *done*, and then acknowledged, when its handler has returned, or when the iterator is asked for the next
+one: not when it is handed out, since whoever got it may still fail.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import attrs
+import trio
+
+from ._errors import DriverClosedError, PayloadError
+from ._history import Counters
+from ._registry import Registration, Standing
+from ._types import Message, Overflow, ReasonCode
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+Handler = Callable[[Message[T]], Awaitable[object] | object]
+DeadLetterHandler = Callable[[Message[Any], PayloadError], Awaitable[object] | object]
+
+_TURN = 64
+"""Messages between two visits to the scheduler: a full checkpoint costs more than handing a message over."""
+
+logger = logging.getLogger("trio_mqtt_driver")
+
+
+@attrs.frozen(kw_only=True)
+class SubscriptionStatistics:
+    """A snapshot of what became of a subscription's messages."""
+
+    received: int
+    delivered: int
+    """Given to the handler or handed out by the iterator."""
+    dropped: int
+    """By the overflow policy."""
+    dead_letters: int
+    """Payloads that fit neither this message class nor that of another subscription of the same filter."""
+    handler_errors: int
+    queued: int
+
+
+class Subscription(Generic[T]):
+    """What ``subscribe()`` returns, and the iterator of ``async with driver.subscription(...) as messages``.
+
+    One task at a time may iterate. Iteration ends when the subscription is ended.
+    """
+
+    def __init__(
+        self,
+        topic_filter: str,
+        *,
+        decode: Callable[[bytes], T],
+        typed: bool,
+        handler: Handler[T] | None,
+        on_dead_letter: DeadLetterHandler | None,
+        overflow: Overflow,
+        queue_messages: int,
+        counters: Counters,
+        changed: Callable[[Subscription[Any]], None],
+    ) -> None:
+        self.topic_filter = topic_filter
+        self.overflow = overflow
+        self.queue_messages = queue_messages
+        self.registration: Registration[Subscription[Any]] | None = None
+        self.handler = handler
+        self._decode = decode
+        self._typed = typed
+        self._on_dead_letter = on_dead_letter
+        self._counters = counters
+        self._changed = changed
+        self._queue: deque[Message[Any]] = deque()
+        self._arrived = trio.Event()
+        self._handed_out: Message[T] | None = None
+        self._receiving = False
+        self._closed = False
+        self._turn = 0
+        self._received = self._delivered = self._dropped = self._dead_letters = 0
+        self._handler_errors = 0
+
+    def __repr__(self) -> str:
+        return f"<Subscription {self.topic_filter!r} {self._delivered} delivered, {len(self._queue)} queued>"
+
+    @property
+    def degraded(self) -> ReasonCode | None:
+        """The code with which the broker refused this filter at the last replay; None if all is well."""
+        registration = self.registration
+        if registration is None or registration.standing is not Standing.REFUSED:
+            return None
+        return registration.reason_code
+
+    @property
+    def granted_qos(self) -> int | None:
+        """The QoS that the broker granted; None if it refused or has not answered yet."""
+        registration = self.registration
+        if registration is None or registration.reason_code is None or registration.reason_code.is_failure:
+            return None
+        return int(registration.reason_code)
+
+    @property
+    def full(self) -> bool:
+        """Whether the queue has reached its bound."""
+        return len(self._queue) >= self.queue_messages
+
+    def statistics(self) -> SubscriptionStatistics:
+        """Counters since the subscription was made."""
+        return SubscriptionStatistics(
+            received=self._received,
+            delivered=self._delivered,
+            dropped=self._dropped,
+            dead_letters=self._dead_letters,
+            handler_errors=self._handler_errors,
+            queued=len(self._queue),
+        )
+
+    # -- the filling end ----------------------------------------------------------------------------------------------
+
+    def put(self, message: Message[Any]) -> None:
+        """Queue a message; if there is no room, the overflow policy says which one goes."""
+        self._received += 1
+        # QoS 1 and 2 are always let in: unacknowledged ones are bounded by the connection's Receive Maximum.
+        if self.full and not message.qos and self.overflow is not Overflow.BLOCK:
+            self._counters.dropped += 1
+            self._dropped += 1
+            if self.overflow is Overflow.DROP_NEWEST or not self._drop_oldest():
+                return
+        self._queue.append(message)
+        self._arrived.set()
+
+    def _drop_oldest(self) -> bool:
+        for index, message in enumerate(self._queue):
+            if not message.qos:
+                del self._queue[index]
+                return True
+        return False
+
+    def close(self) -> None:
+        """End iteration and let go of what is queued. It is acknowledged: nobody is left who could process it, and
+        unacknowledged it would take up the broker's window for as long as the connection lasts."""
+        self._closed = True
+        self._arrived.set()
+        while self._queue:
+            self._queue.popleft()._done()  # pyright: ignore[reportPrivateUsage]
+        self._changed(self)
+
+    # -- the emptying end ---------------------------------------------------------------------------------------------
+
+    async def receive(self) -> Message[T]:
+        """Wait for the next message; asking for it says that the one before is processed.
+
+        Cancelling loses nothing. Raises ``DriverClosedError`` once the subscription is ended, and
+        ``trio.BusyResourceError`` if another task is waiting here.
+        """
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving from this subscription")
+        self._receiving = True
+        try:
+            self.finish()
+            await self._give_way()
+            while True:
+                while not self._queue:
+                    if self._closed:
+                        raise DriverClosedError(f"the subscription of {self.topic_filter!r} is ended")
+                    self._arrived = trio.Event()
+                    await self._arrived.wait()
+                message: Message[T] = self._queue.popleft()
+                self._changed(self)
+                try:
+                    message.value = self._decode(message.payload)
+                except PayloadError as exc:
+                    await self._misfit(message, exc)
+                    continue
+                self._delivered += 1
+                self._handed_out = message
+                return message
+        finally:
+            self._receiving = False
+
+    def finish(self) -> None:
+        """The message that was handed out last is processed."""
+        if self._handed_out is not None:
+            message, self._handed_out = self._handed_out, None
+            message._done()  # pyright: ignore[reportPrivateUsage]
+
+    def handler_failed(self) -> None:
+        """Count an exception of the handler."""
+        self._handler_errors += 1
+        self._counters.handler_errors += 1
+
+    async def _give_way(self) -> None:
+        """A cancel point for every message, a schedule point for every ``_TURN``."""
+        self._turn = (self._turn + 1) % _TURN
+        if self._turn and self._queue:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def _misfit(self, message: Message[Any], error: PayloadError) -> None:
+        """A payload that is not of our message class: another subscription's of this filter, or a dead letter."""
+        try:
+            members = self.registration.members if self.registration is not None else []
+            if any(other is not self and other.accepts(message.payload) for other in members):
+                return
+            self._dead_letters += 1
+            self._counters.dead_letters += 1
+            if self._on_dead_letter is None:
+                logger.warning("dead letter on %r: %s", message.topic, error)
+                return
+            outcome = self._on_dead_letter(message, error)
+            if isinstance(outcome, Awaitable):
+                await outcome
+        finally:
+            message._done()  # pyright: ignore[reportPrivateUsage]
+
+    def accepts(self, payload: bytes) -> bool:
+        """Whether a payload fits this subscription's message class; one that takes raw bytes claims nothing."""
+        if not self._typed:
+            return False
+        try:
+            self._decode(payload)
+        except PayloadError:
+            return False
+        return True
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message[T]:
+        try:
+            return await self.receive()
+        except DriverClosedError:
+            raise StopAsyncIteration from None

@@ -1,0 +1,60 @@
+"""TLS settings, and the ``ssl.SSLContext`` made from them anew for every connection."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Sequence
+
+import attrs
+
+Path = str | os.PathLike[str]
+
+
+@attrs.frozen(kw_only=True)
+class TLSConfig:
+    """Where the TLS material is. It is read again for each connection, so that rotated files heal a driver.
+
+    Without ``ca_file``, ``ca_path`` and ``ca_data`` the system's certificate authorities are trusted.
+    ``ca_data`` is PEM text. ``cert_file`` and ``key_file`` are this client's certificate chain and private key.
+    ``server_hostname`` replaces the endpoint's host in SNI and in the check of the broker's certificate.
+    ``check_hostname=False`` accepts any name in a trusted certificate; ``verify=False`` accepts any certificate at
+    all, which leaves the link open to whoever can answer at that address.
+    """
+
+    ca_file: Path | None = None
+    ca_path: Path | None = None
+    ca_data: str | None = attrs.field(default=None, repr=False)
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    key_password: str | None = attrs.field(default=None, repr=False)
+    server_hostname: str | None = None
+    check_hostname: bool = True
+    verify: bool = True
+    minimum_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2
+    alpn_protocols: Sequence[str] = attrs.field(default=(), converter=tuple)
+
+    def __attrs_post_init__(self) -> None:
+        if self.cert_file is None and (self.key_file is not None or self.key_password is not None):
+            raise ValueError("tls: key_file and key_password need a cert_file")
+        if not self.verify and self.check_hostname:
+            raise ValueError("tls: verify=False cannot check a host name; set check_hostname=False as well")
+
+    def make_context(self) -> ssl.SSLContext:
+        """A new context. Reads files, so it blocks: call it in a worker thread.
+
+        Raises ``OSError`` for a file that cannot be read and ``ssl.SSLError`` for one that makes no sense.
+        """
+        context = ssl.create_default_context(
+            cafile=None if self.ca_file is None else os.fspath(self.ca_file),
+            capath=None if self.ca_path is None else os.fspath(self.ca_path),
+            cadata=self.ca_data,
+        )
+        context.minimum_version = self.minimum_version
+        context.check_hostname = self.check_hostname
+        context.verify_mode = ssl.CERT_REQUIRED if self.verify else ssl.CERT_NONE
+        if self.cert_file is not None:
+            context.load_cert_chain(self.cert_file, self.key_file, self.key_password)
+        if self.alpn_protocols:
+            context.set_alpn_protocols(list(self.alpn_protocols))
+        return context

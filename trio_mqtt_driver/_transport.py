@@ -1,0 +1,74 @@
+"""From an endpoint to a ``trio.abc.Stream``, and the one seam where OSError and SSLError become this package's errors."""
+
+from __future__ import annotations
+
+import ssl
+
+import trio
+
+from ._config import DriverConfig
+from ._errors import ConnectionLostError, MQTTDriverError, OptionsError, TLSError, TransportError
+from ._tls import TLSConfig
+
+
+async def open_stream(config: DriverConfig) -> trio.abc.Stream:
+    """Open the byte stream of one connection. Cancellable; the caller sets the deadline.
+
+    Raises ``TransportError``, ``TLSError`` or, for TLS files that cannot be used, ``OptionsError``.
+    """
+    endpoint = config.endpoint
+    try:
+        if config.open_stream is not None:
+            return await config.open_stream(endpoint)
+        if endpoint.scheme == "unix":
+            return await trio.open_unix_socket(endpoint.path)
+        # Made before the connection, so that a bad file costs the broker nothing.
+        context = await _make_context(config.tls or TLSConfig()) if endpoint.scheme == "mqtts" else None
+        stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+    except OSError as exc:
+        raise lost(exc, f"connecting to {endpoint}") from exc
+    if context is None:
+        return stream
+    hostname = config.tls.server_hostname if config.tls is not None else None
+    # Brokers rarely send close_notify, and DISCONNECT says the same: https_compatible reads a bare EOF as EOF.
+    secure = trio.SSLStream(stream, context, server_hostname=hostname or endpoint.host, https_compatible=True)
+    try:
+        await secure.do_handshake()
+    except BaseException as exc:
+        await trio.aclose_forcefully(stream)
+        if isinstance(exc, trio.BrokenResourceError | OSError):
+            raise lost(exc, f"TLS handshake with {endpoint}") from exc
+        raise
+    return secure
+
+
+async def _make_context(tls: TLSConfig) -> ssl.SSLContext:
+    try:
+        return await trio.to_thread.run_sync(tls.make_context)
+    except ssl.SSLError as exc:
+        raise TLSError(f"TLS material: {_words(exc)}; look at the files of {tls!r}") from exc
+    except OSError as exc:
+        raise OptionsError(f"TLS material cannot be read: {exc}; look at the files of {tls!r}") from exc
+
+
+def lost(exc: BaseException, doing: str) -> MQTTDriverError:
+    """The error for what Trio's stream raised while ``doing`` something on it.
+
+    An ``ssl.SSLError`` hides behind ``BrokenResourceError``, and is itself an ``OSError``: it is looked for first.
+    """
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            return TLSError(f"{doing}: {_words(cause)}")
+        cause = cause.__cause__
+    if isinstance(exc, OSError):
+        return TransportError(f"{doing}: {_words(exc)}")
+    return ConnectionLostError(f"{doing}: {_words(exc.__cause__ or exc)}")
+
+
+def _words(exc: BaseException) -> str:
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {exc.verify_message}"
+    if isinstance(exc, ssl.SSLError):
+        return exc.reason or str(exc)
+    return (exc.strerror if isinstance(exc, OSError) else "") or str(exc) or type(exc).__name__

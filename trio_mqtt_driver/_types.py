@@ -1,0 +1,261 @@
+"""Values that every layer speaks of: MQTT's own words, as enums and attrs classes."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import attrs
+
+T = TypeVar("T")
+
+
+class QoS(enum.IntEnum):
+    """Quality of Service of a PUBLISH or a subscription [MQTT-4.3]."""
+
+    AT_MOST_ONCE = 0
+    AT_LEAST_ONCE = 1
+    EXACTLY_ONCE = 2
+
+
+class RetainHandling(enum.IntEnum):
+    """When the broker sends retained messages for a SUBSCRIBE [MQTT-3.8.3.1]; MQTT 3.1.1 always sends them."""
+
+    SEND = 0
+    SEND_IF_NEW = 1
+    DO_NOT_SEND = 2
+
+
+class PayloadFormat(enum.IntEnum):
+    """MQTT 5 Payload Format Indicator."""
+
+    BYTES = 0
+    UTF8 = 1
+
+
+class Overflow(enum.Enum):
+    """What a subscription does with a message that finds its queue full. Every drop is counted.
+
+    The drop policies take QoS 0 messages only: those of QoS 1 and 2 are bounded by the Receive Maximum instead, so
+    that none is acknowledged unseen.
+    """
+
+    DROP_OLDEST = "drop_oldest"
+    DROP_NEWEST = "drop_newest"
+    BLOCK = "block"
+    """Stop reading the socket until there is room: nothing is lost here, and *every* subscription waits. A handler
+    that awaits ``publish(qos=1)`` may then wait for an acknowledgement that is not being read."""
+
+
+class OfflinePolicy(enum.Enum):
+    """What ``publish()`` does while the link is down."""
+
+    WAIT = "wait"
+    FAIL = "fail"
+
+
+class State(enum.Enum):
+    """Where the driver is in the life of its connections; see ``_supervisor`` for the transitions."""
+
+    NEW = "new"
+    CONNECTING = "connecting"
+    VALIDATING = "validating"
+    REPLAYING = "replaying"
+    LIVE = "live"
+    BACKING_OFF = "backing off"
+    PAUSED = "paused"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class ReasonCode(enum.IntEnum):
+    """MQTT 5 reason codes [MQTT-2.4]; the CONNACK return codes of 3.1.1 are mapped to them."""
+
+    SUCCESS = 0x00
+    GRANTED_QOS_1 = 0x01
+    GRANTED_QOS_2 = 0x02
+    DISCONNECT_WITH_WILL = 0x04
+    NO_MATCHING_SUBSCRIBERS = 0x10
+    NO_SUBSCRIPTION_EXISTED = 0x11
+    CONTINUE_AUTHENTICATION = 0x18
+    REAUTHENTICATE = 0x19
+    UNSPECIFIED_ERROR = 0x80
+    MALFORMED_PACKET = 0x81
+    PROTOCOL_ERROR = 0x82
+    IMPLEMENTATION_SPECIFIC_ERROR = 0x83
+    UNSUPPORTED_PROTOCOL_VERSION = 0x84
+    CLIENT_IDENTIFIER_NOT_VALID = 0x85
+    BAD_USER_NAME_OR_PASSWORD = 0x86
+    NOT_AUTHORIZED = 0x87
+    SERVER_UNAVAILABLE = 0x88
+    SERVER_BUSY = 0x89
+    BANNED = 0x8A
+    SERVER_SHUTTING_DOWN = 0x8B
+    BAD_AUTHENTICATION_METHOD = 0x8C
+    KEEP_ALIVE_TIMEOUT = 0x8D
+    SESSION_TAKEN_OVER = 0x8E
+    TOPIC_FILTER_INVALID = 0x8F
+    TOPIC_NAME_INVALID = 0x90
+    PACKET_IDENTIFIER_IN_USE = 0x91
+    PACKET_IDENTIFIER_NOT_FOUND = 0x92
+    RECEIVE_MAXIMUM_EXCEEDED = 0x93
+    TOPIC_ALIAS_INVALID = 0x94
+    PACKET_TOO_LARGE = 0x95
+    MESSAGE_RATE_TOO_HIGH = 0x96
+    QUOTA_EXCEEDED = 0x97
+    ADMINISTRATIVE_ACTION = 0x98
+    PAYLOAD_FORMAT_INVALID = 0x99
+    RETAIN_NOT_SUPPORTED = 0x9A
+    QOS_NOT_SUPPORTED = 0x9B
+    USE_ANOTHER_SERVER = 0x9C
+    SERVER_MOVED = 0x9D
+    SHARED_SUBSCRIPTIONS_NOT_SUPPORTED = 0x9E
+    CONNECTION_RATE_EXCEEDED = 0x9F
+    MAXIMUM_CONNECT_TIME = 0xA0
+    SUBSCRIPTION_IDENTIFIERS_NOT_SUPPORTED = 0xA1
+    WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED = 0xA2
+
+    @property
+    def is_failure(self) -> bool:
+        return self >= 0x80
+
+    def __str__(self) -> str:
+        return f"{self.name.lower().replace('_', ' ')} (0x{self.value:02x})"
+
+
+UserProperties = Sequence[tuple[str, str]]
+
+
+@attrs.frozen(kw_only=True)
+class PublishProperties:
+    """The MQTT 5 properties of a PUBLISH [MQTT-3.3.2.3]; all unset with 3.1.1."""
+
+    payload_format: PayloadFormat | None = None
+    message_expiry: int | None = None
+    """Seconds after which the broker no longer delivers the message."""
+    content_type: str | None = None
+    response_topic: str | None = None
+    correlation_data: bytes | None = None
+    user_properties: tuple[tuple[str, str], ...] = ()
+    subscription_identifiers: tuple[int, ...] = ()
+    """Incoming only."""
+    topic_alias: int | None = None
+
+
+NO_PROPERTIES = PublishProperties()
+
+
+class Acknowledger(Protocol):
+    """The connection that a message came from, as far as a message knows it."""
+
+    def acknowledge(self, message: Message[Any]) -> None: ...
+
+
+# Not frozen: one is made per incoming packet, and a frozen attrs class costs a multiple of a plain __init__.
+@attrs.define(eq=False, repr=False)
+class Message(Generic[T]):
+    """An application message as a handler or an iterator gets it.
+
+    ``value`` is the payload as the subscription's message class; ``replayed`` tells a retained message that came
+    again because the subscription was replayed after a reconnect.
+    """
+
+    topic: str
+    payload: bytes
+    qos: int = 0
+    retain: bool = False
+    dup: bool = False
+    properties: PublishProperties = NO_PROPERTIES
+    packet_id: int = 0
+    generation: int = 0
+    replayed: bool = False
+    value: T = None  # type: ignore[assignment]  # set before user code sees the message
+    _source: Acknowledger | None = None
+    _pending: list[int] | None = None
+    """Shared by the copies of one message: how many subscriptions are not done with it."""
+
+    def _for_one_of(self, pending: list[int]) -> Message[T]:
+        """A copy for one of several subscriptions, each with a value of its own."""
+        return Message(
+            self.topic,
+            self.payload,
+            self.qos,
+            self.retain,
+            self.dup,
+            self.properties,
+            self.packet_id,
+            self.generation,
+            self.replayed,
+            self.value,
+            self._source,
+            pending,
+        )
+
+    def _done(self) -> None:
+        """One subscription is done with it; the last one acknowledges it on the connection that it came from."""
+        if not self.qos or self._source is None:
+            return
+        if self._pending is not None:
+            self._pending[0] -= 1
+            if self._pending[0]:
+                return
+        self._source.acknowledge(self)
+
+    def __repr__(self) -> str:
+        payload = self.payload if len(self.payload) <= 64 else self.payload[:61] + b"..."
+        retained = ", retain" if self.retain else ""
+        return f"<Message {self.topic!r} {payload!r} qos={self.qos}{retained}>"
+
+
+@attrs.frozen(kw_only=True)
+class PublishResult:
+    """What became of a publish whose QoS guarantee is met."""
+
+    reason_code: ReasonCode
+    generation: int
+    """The generation of the connection that carried it."""
+    attempts: int
+    """How many connections it was sent on; 1 unless the link was lost meanwhile."""
+    latency: float
+    """Seconds from the call to the acknowledgement."""
+
+
+@attrs.frozen(kw_only=True)
+class ServerLimits:
+    """What the broker said in CONNACK; the defaults are MQTT's own [MQTT-3.2.2.3]."""
+
+    receive_maximum: int = 65535
+    maximum_qos: int = 2
+    retain_available: bool = True
+    maximum_packet_size: int | None = None
+    topic_alias_maximum: int = 0
+    wildcard_available: bool = True
+    identifiers_available: bool = True
+    shared_available: bool = True
+    server_keep_alive: int | None = None
+    assigned_client_id: str | None = None
+    server_reference: str | None = None
+    reason_string: str | None = None
+    response_information: str | None = None
+    session_expiry: int | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Diagnosis:
+    """What the driver knew when a publish failed."""
+
+    state: State
+    generation: int
+    since_last_byte: float | None
+    """Seconds since anything arrived from the broker; None without a connection."""
+    queued: int
+    in_flight: int
+    last_error: str | None
+
+    def __str__(self) -> str:
+        heard = "no connection" if self.since_last_byte is None else f"last byte {self.since_last_byte:.1f} s ago"
+        return (
+            f"{self.state.value}, generation {self.generation}, {heard}, "
+            f"{self.queued} queued, {self.in_flight} in flight, last error: {self.last_error or 'none'}"
+        )

@@ -1,0 +1,66 @@
+"""attrs validators whose messages name the field, the value and the allowed range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from ._properties import encode_text
+from ._types import UserProperties
+
+
+def seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value) or value <= 0:
+        raise ValueError(f"{attribute.name} is {value!r}, allowed are seconds > 0 (math.inf: no limit)")
+
+
+def between(low: int, high: int) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{attribute.name} is {value!r}, allowed are whole numbers from {low} to {high}")
+
+    return check
+
+
+def one_of(*allowed: object) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if isinstance(value, bool) or value not in allowed:
+            raise ValueError(
+                f"{attribute.name} is {value!r}, allowed are {', '.join(repr(choice) for choice in allowed)}"
+            )
+
+    return check
+
+
+def text(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None:
+        encode_text(value, attribute.name)  # type: ignore[arg-type]  # it raises TypeError for what is no str
+
+
+def instance(*kinds: type) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"{attribute.name} must be {names}, not {type(value).__name__}")
+
+    return check
+
+
+def optional_callable(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{attribute.name} must be callable, not {type(value).__name__}")
+
+
+def pairs(instance: object, attribute: attrs.Attribute[Any], value: tuple[tuple[str, str], ...]) -> None:
+    for pair in value:
+        if not isinstance(pair, tuple) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+            raise TypeError(f"{attribute.name} must hold (name, value) pairs, not {pair!r}")
+        for part in pair:
+            encode_text(part, attribute.name)
+
+
+def freeze(pairs: UserProperties) -> tuple[tuple[str, str], ...]:
+    return tuple(pairs)

@@ -1,0 +1,244 @@
+"""One network connection as the memory broker has it: bytes in, packets out, and the faults in between.
+
+A reader task decodes and hands packets over synchronously, so that a packet takes effect whole; a writer task sends
+what has gathered. Closing takes effect at once: the handler hears of it before ``close()`` returns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import trio
+
+from ._faults import Action, Direction, Faults, Rule
+from ._packets import Connect, Packet, Publish
+from ._pipe import PipeStream, reset_stream
+from ._properties import WireError
+from ._wire import Decoder, encode
+
+_CONNECT_DEADLINE = 30.0
+_FLUSH_DEADLINE = 5.0
+
+
+class Handler(Protocol):
+    """What a link needs from the server side of the protocol."""
+
+    def received(self, packet: Packet) -> None:
+        """Act on a packet; may raise ``WireError``."""
+
+    def arrived(self, packet: Packet) -> None:
+        """A packet came in; no fault has touched it yet."""
+
+    def sent(self, packet: Packet) -> None:
+        """A packet is on its way; it passed the faults."""
+
+    def violated(self, error: WireError) -> None:
+        """The peer broke the rules, and is about to be closed."""
+
+    def timed_out(self) -> None:
+        """Nothing came for 1.5 times the keep alive."""
+
+    def closed(self) -> None:
+        """The connection is gone. Called once."""
+
+
+class Link:
+    def __init__(
+        self, stream: trio.abc.Stream, handler: Handler, faults: Faults, maximum_packet_size: int, buffer_bytes: int
+    ) -> None:
+        self.client_id = ""
+        self.version = 5
+        self.maximum_packet_size: float = math.inf
+        """The client's."""
+        self.silent = False
+        """Half-open: what comes in is swallowed, nothing goes out, nothing is closed."""
+        self._stream = stream
+        self._handler = handler
+        self._faults = faults
+        self._buffer_bytes = buffer_bytes
+        self._decoder = Decoder(server=True, maximum_packet_size=maximum_packet_size)
+        self._out = bytearray()
+        self._wake = trio.Event()
+        self._drained = trio.Event()
+        self._reading = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+        self._heard = 0.0
+        self._closed = False
+        self._reset_at_end = False
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    async def run(self) -> None:
+        """Serve the connection until it ends."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._write)
+                self._reading.deadline = trio.current_time() + _CONNECT_DEADLINE
+                with self._reading:
+                    await self._read()
+                self.close()
+                # A peer that does not read must not keep a closed connection for ever.
+                nursery.cancel_scope.deadline = trio.current_time() + _FLUSH_DEADLINE
+        finally:
+            self.close()
+            await trio.aclose_forcefully(self._stream)
+
+    def close(self, *, reset: bool = False, flush: bool = True) -> None:
+        """End the connection, with EOF or a reset; ``flush=False`` loses what is not sent yet."""
+        if self._closed:
+            return
+        self._closed = True
+        self._reset_at_end = reset
+        if not flush:
+            self._out.clear()
+            # Not left to the writer: it may be blocked on a peer that does not read.
+            if reset:
+                reset_stream(self._stream)
+        self._reading.cancel(reason="the memory broker closed this connection")
+        self._wake.set()
+        self._drained.set()
+        self._handler.closed()
+
+    def enforce_keep_alive(self, seconds: float) -> None:
+        """From CONNECT on: the deadline for it ends, that of the keep alive begins (0 is none)."""
+        self._reading.deadline = math.inf
+        if seconds and self._nursery is not None:
+            self._nursery.start_soon(self._watch, 1.5 * seconds)
+
+    # -- out --
+
+    def send(self, packet: Packet) -> bool:
+        """Queue a packet; False if it may not be sent: too large for the client, or its buffer is full."""
+        data = encode(packet, self.version)
+        if isinstance(packet, Publish):
+            if len(data) > self.maximum_packet_size:
+                return False
+            if not packet.qos and len(self._out) > self._buffer_bytes:
+                return False
+        if self._closed or self.silent:
+            return True
+        action, rule = self._judge(packet, Direction.OUT)
+        if action is Action.PASS:
+            self._put(packet, data)
+        elif action is Action.HOLD and rule is not None:
+            rule.hold_back(lambda: self._put(packet, data))
+        elif action in (Action.EOF_AFTER, Action.RESET_AFTER):
+            self._put(packet, data)
+            self.close(reset=action is Action.RESET_AFTER)
+        elif action in (Action.EOF_BEFORE, Action.RESET_BEFORE):
+            self.close(reset=action is Action.RESET_BEFORE)
+        return True
+
+    def send_raw(self, data: bytes) -> None:
+        """Queue bytes as they are, past all faults."""
+        if not self._closed and not self.silent:
+            self._out += data
+            self._wake.set()
+
+    def _put(self, packet: Packet, data: bytes) -> None:
+        if not self._closed and not self.silent:
+            self._out += data
+            self._wake.set()
+            self._handler.sent(packet)
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                while not self._out:
+                    self._drained.set()
+                    if self._closed:
+                        if self._reset_at_end:
+                            reset_stream(self._stream)
+                        return
+                    self._wake = trio.Event()
+                    await self._wake.wait()
+                data, self._out = self._out, bytearray()
+                await self._transmit(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self.close()
+
+    async def _transmit(self, data: bytearray) -> None:
+        trickle = self._faults.byte_by_byte
+        if isinstance(self._stream, PipeStream):
+            self._stream.capacity = 1 if trickle else 65536
+        if trickle:
+            for index in range(len(data)):
+                await self._stream.send_all(data[index : index + 1])
+        else:
+            await self._stream.send_all(data)
+
+    # -- in --
+
+    async def _read(self) -> None:
+        try:
+            while not self._closed:
+                data = await self._stream.receive_some(65536)
+                if not self._faults.reading:
+                    await self._faults.wait_reading()
+                self._heard = trio.current_time()
+                if not data:
+                    return
+                if not self.silent:
+                    self._decode(bytes(data))
+                # A client that sends and does not read: stop reading too, rather than pile up answers.
+                while len(self._out) > self._buffer_bytes and not self._closed:
+                    self._drained = trio.Event()
+                    await self._drained.wait()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+
+    def _decode(self, data: bytes) -> None:
+        try:
+            for packet in self._decoder.packets(data):
+                self._take(packet)
+                if self._closed:
+                    return
+        except WireError as error:
+            self._handler.violated(error)
+            self.close()
+
+    def _take(self, packet: Packet) -> None:
+        if isinstance(packet, Connect):
+            self.client_id, self.version = packet.client_id, packet.version
+        self._handler.arrived(packet)
+        action, rule = self._judge(packet, Direction.IN)
+        if action is Action.HOLD and rule is not None:
+            rule.hold_back(lambda: self._resume(packet))
+        elif action in (Action.EOF_BEFORE, Action.RESET_BEFORE):
+            self.close(reset=action is Action.RESET_BEFORE)
+        elif action is not Action.DROP:
+            self._handler.received(packet)
+            if action in (Action.EOF_AFTER, Action.RESET_AFTER):
+                self.close(reset=action is Action.RESET_AFTER)
+
+    def _resume(self, packet: Packet) -> None:
+        if self._closed:
+            return
+        try:
+            self._handler.received(packet)
+        except WireError as error:
+            self._handler.violated(error)
+            self.close()
+
+    def _judge(self, packet: Packet, direction: Direction) -> tuple[Action, Rule | None]:
+        if self._faults.quiet:
+            return Action.PASS, None
+        return self._faults.judge(packet, direction, self.client_id)
+
+    async def _watch(self, limit: float) -> None:
+        """Close the connection when nothing came for ``limit`` seconds [MQTT-3.1.2-22]."""
+        while not self._closed:
+            await trio.sleep_until(self._heard + limit)
+            if self._closed or self.silent:
+                return
+            if not self._faults.reading:
+                # What we did not read cannot be held against the client.
+                await self._faults.wait_reading()
+                self._heard = trio.current_time()
+            elif trio.current_time() >= self._heard + limit:
+                self._handler.timed_out()
+                self.close()
