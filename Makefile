@@ -40,7 +40,7 @@ types: $(VENV)/.lint
 	$(PYRIGHT) --verifytypes trio_mqtt_driver --ignoreexternal
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx --no-color -W --keep-going -q -b html docs docs/_build/html
 
 clean:
 	rm -rf $(VENV) .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import re
 from pathlib import Path
@@ -33,7 +34,7 @@ def public_members() -> list[str]:
 def test_the_version_is_the_same_everywhere() -> None:
     found = re.search(r'^version = "(.+)"$', read("pyproject.toml"), re.MULTILINE)
     assert found is not None
-    assert trio_mqtt_driver.__version__ == found[1]
+    assert importlib.metadata.version("trio-mqtt-driver") == found[1], "stale: install it again"
     assert f"\n## [{found[1]}]" in read("CHANGELOG.md")
 
 

@@ -1,54 +1,61 @@
 """A Trio-based structured-concurrency MQTT driver: ``async with MQTTDriver("mqtt://localhost") as driver: ...``."""
 
 from ._backoff import BackoffConfig as BackoffConfig
-from ._config import Attempt as Attempt
-from ._config import Authenticator as Authenticator
-from ._config import DriverConfig as DriverConfig
-from ._config import Endpoint as Endpoint
-from ._config import Will as Will
-from ._driver import MQTTDriver as MQTTDriver
-from ._driver import PublishArguments as PublishArguments
-from ._driver import SubscribeArguments as SubscribeArguments
-from ._errors import AckTimeoutError as AckTimeoutError
-from ._errors import ConnectError as ConnectError
-from ._errors import ConnectionLostError as ConnectionLostError
-from ._errors import DriverClosedError as DriverClosedError
-from ._errors import DriverInternalError as DriverInternalError
-from ._errors import KeepAliveError as KeepAliveError
-from ._errors import MessageLostError as MessageLostError
-from ._errors import MQTTDriverError as MQTTDriverError
-from ._errors import NotConnectedError as NotConnectedError
-from ._errors import OptionsError as OptionsError
-from ._errors import OutboxFullError as OutboxFullError
-from ._errors import PayloadError as PayloadError
-from ._errors import ProbeError as ProbeError
-from ._errors import ProtocolError as ProtocolError
-from ._errors import ProtocolVersionError as ProtocolVersionError
-from ._errors import PublishError as PublishError
-from ._errors import PublishRefusedError as PublishRefusedError
-from ._errors import PublishTimeoutError as PublishTimeoutError
-from ._errors import RefusedError as RefusedError
-from ._errors import ServerDisconnectedError as ServerDisconnectedError
-from ._errors import ServerLimitError as ServerLimitError
-from ._errors import SubscribeError as SubscribeError
-from ._errors import TLSError as TLSError
-from ._errors import TransportError as TransportError
-from ._errors import UnsubscribeError as UnsubscribeError
+from ._config import (
+    Attempt as Attempt,
+    Authenticator as Authenticator,
+    DriverConfig as DriverConfig,
+    Endpoint as Endpoint,
+    Will as Will,
+)
+from ._driver import (
+    MQTTDriver as MQTTDriver,
+    PublishArguments as PublishArguments,
+    SubscribeArguments as SubscribeArguments,
+)
+from ._errors import (
+    AckTimeoutError as AckTimeoutError,
+    ConnectError as ConnectError,
+    ConnectionLostError as ConnectionLostError,
+    DriverClosedError as DriverClosedError,
+    DriverInternalError as DriverInternalError,
+    KeepAliveError as KeepAliveError,
+    MessageLostError as MessageLostError,
+    MQTTDriverError as MQTTDriverError,
+    NotConnectedError as NotConnectedError,
+    OptionsError as OptionsError,
+    OutboxFullError as OutboxFullError,
+    PayloadError as PayloadError,
+    ProbeError as ProbeError,
+    ProtocolError as ProtocolError,
+    ProtocolVersionError as ProtocolVersionError,
+    PublishError as PublishError,
+    PublishRefusedError as PublishRefusedError,
+    PublishTimeoutError as PublishTimeoutError,
+    RefusedError as RefusedError,
+    ServerDisconnectedError as ServerDisconnectedError,
+    ServerLimitError as ServerLimitError,
+    SubscribeError as SubscribeError,
+    TLSError as TLSError,
+    TransportError as TransportError,
+    UnsubscribeError as UnsubscribeError,
+)
 from ._history import Event as Event
 from ._outbox import Receipt as Receipt
 from ._registry import SubscriptionOptions as SubscriptionOptions
 from ._status import Status as Status
-from ._subscription import Subscription as Subscription
-from ._subscription import SubscriptionStatistics as SubscriptionStatistics
+from ._subscription import Subscription as Subscription, SubscriptionStatistics as SubscriptionStatistics
 from ._tls import TLSConfig as TLSConfig
-from ._types import Diagnosis as Diagnosis
-from ._types import Message as Message
-from ._types import OfflinePolicy as OfflinePolicy
-from ._types import Overflow as Overflow
-from ._types import PayloadFormat as PayloadFormat
-from ._types import PublishProperties as PublishProperties
-from ._types import PublishResult as PublishResult
-from ._types import QoS as QoS
-from ._types import ReasonCode as ReasonCode
-from ._types import RetainHandling as RetainHandling
-from ._types import State as State
+from ._types import (
+    Diagnosis as Diagnosis,
+    Message as Message,
+    OfflinePolicy as OfflinePolicy,
+    Overflow as Overflow,
+    PayloadFormat as PayloadFormat,
+    PublishProperties as PublishProperties,
+    PublishResult as PublishResult,
+    QoS as QoS,
+    ReasonCode as ReasonCode,
+    RetainHandling as RetainHandling,
+    State as State,
+)

@@ -72,6 +72,24 @@ def _will_topic(instance: object, attribute: attrs.Attribute[Any], value: str) -
     check_topic(value, f"will.{attribute.name}")
 
 
+def _will_payload(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, bytes):
+        raise TypeError(f"will.payload must be bytes or str, not {type(value).__name__}")
+    if len(value) > 65535:
+        raise ValueError(f"will.payload has {len(value)} bytes, allowed are 0 to 65535 [MQTT-3.1.3.3]")
+
+
+def _password(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not isinstance(value, str | bytes):
+        raise TypeError(f"password must be str or bytes, not {type(value).__name__}")
+    if value is not None and len(value) > 65535:
+        raise ValueError("password is longer than 65535 bytes [MQTT-3.1.3.6]")
+
+
+def _payload_bytes(payload: bytes | str) -> bytes:
+    return payload.encode() if isinstance(payload, str) else payload
+
+
 @attrs.frozen(kw_only=True)
 class Will:
     """The message that the broker publishes when this client is lost without a DISCONNECT [MQTT-3.1.2.5].
@@ -80,25 +98,16 @@ class Will:
     """
 
     topic: str = attrs.field(validator=_will_topic)
-    payload: bytes = attrs.field(default=b"", converter=lambda p: p.encode() if isinstance(p, str) else p)
+    payload: bytes = attrs.field(default=b"", converter=_payload_bytes, validator=_will_payload)
     qos: int = attrs.field(default=0, validator=one_of(0, 1, 2))
     retain: bool = attrs.field(default=False, validator=instance(bool))
     delay: int = attrs.field(default=0, validator=between(0, 0xFFFFFFFF))
     payload_format: PayloadFormat | None = None
-    message_expiry: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(between(0, 0xFFFFFFFF))
-    )
+    message_expiry: int | None = attrs.field(default=None, validator=attrs.validators.optional(between(0, 0xFFFFFFFF)))
     content_type: str | None = attrs.field(default=None, validator=text)
     response_topic: str | None = attrs.field(default=None, validator=attrs.validators.optional(_will_topic))
     correlation_data: bytes | None = None
     user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
-
-    @payload.validator
-    def _check_payload(self, attribute: attrs.Attribute[Any], value: object) -> None:
-        if not isinstance(value, bytes):
-            raise TypeError(f"will.payload must be bytes or str, not {type(value).__name__}")
-        if len(value) > 65535:
-            raise ValueError(f"will.payload has {len(value)} bytes, allowed are 0 to 65535 [MQTT-3.1.3.3]")
 
 
 class Authenticator(Protocol):
@@ -148,14 +157,12 @@ class DriverConfig:
     endpoint: Endpoint = attrs.field(validator=instance(Endpoint))
     client_id: str = attrs.field(factory=lambda: default_base(random.Random()), validator=text)
     """Base of the client ID; each connection gets ``{base}_{ms}``, later ones ``{base}_reconnect_{ms}``."""
-    client_id_factory: Callable[[str, int, float], str] | None = attrs.field(
-        default=None, validator=optional_callable
-    )
+    client_id_factory: Callable[[str, int, float], str] | None = attrs.field(default=None, validator=optional_callable)
     """``(base, generation, wall-clock seconds) -> client ID``, for brokers with rules of their own."""
     protocol: Literal["auto", "5", "3.1.1"] = attrs.field(default="auto", validator=one_of("auto", "5", "3.1.1"))
     """``auto`` tries MQTT 5 first and remembers a downgrade to 3.1.1."""
     username: str | None = attrs.field(default=None, validator=text)
-    password: str | bytes | None = attrs.field(default=None, repr=False)
+    password: str | bytes | None = attrs.field(default=None, repr=False, validator=_password)
     authenticator: Callable[[], Authenticator] | None = attrs.field(
         default=None, validator=optional_callable, repr=False
     )
@@ -176,7 +183,7 @@ class DriverConfig:
     probe: Literal["publish", "echo", "ping"] = attrs.field(
         default="publish", validator=one_of("publish", "echo", "ping")
     )
-    """How a connection is tested: a QoS 1 publish, the same and its echo, or (where the ACL allows neither) PINGREQ."""
+    """How a connection is tested: a QoS 1 publish, that and its echo, or (where the ACL allows neither) PINGREQ."""
     probe_topic: str = attrs.field(default="trio_mqtt_driver/probe/{client_id}")
     """May hold ``{client_id}`` and ``{base}``; characters that a topic cannot hold become ``_`` in them."""
     probe_timeout: float = attrs.field(default=5.0, validator=seconds)
@@ -220,13 +227,6 @@ class DriverConfig:
     wall_clock: Callable[[], float] = attrs.field(default=time.time, repr=False)
     """Seconds since the epoch, for client IDs and the history."""
 
-    @password.validator
-    def _check_password(self, attribute: attrs.Attribute[Any], value: object) -> None:
-        if value is not None and not isinstance(value, str | bytes):
-            raise TypeError(f"password must be str or bytes, not {type(value).__name__}")
-        if value is not None and len(value) > 65535:
-            raise ValueError("password is longer than 65535 bytes [MQTT-3.1.3.6]")
-
     def __attrs_post_init__(self) -> None:
         if self.password is not None and self.username is None:
             raise ValueError("password needs a username [MQTT-3.1.2-22]")
@@ -260,12 +260,14 @@ class DriverConfig:
 
     @classmethod
     def _from_parsed(cls, parsed: Mapping[str, Any], options: dict[str, Any]) -> DriverConfig:
-        values = dict(parsed)
+        values: dict[str, Any] = dict(parsed)
         place = {key: values.pop(key) for key in ("scheme", "host", "port", "path") if key in values}
         files = {key: values.pop(key) for key in ("ca_file", "cert_file", "key_file") if key in values}
         if files:
             values["tls"] = TLSConfig(**files)
-        return cls(**{"endpoint": Endpoint(**place), **values, **options})
+        values["endpoint"] = Endpoint(**place)
+        values.update(options)
+        return cls(**values)
 
     def evolve(self, **changes: Any) -> DriverConfig:
         """A copy with ``changes``, validated again."""

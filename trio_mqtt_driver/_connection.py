@@ -2,7 +2,7 @@
 
 The three loops of trio-paho-mqtt run in the child nursery, rewritten against a ``trio.abc.Stream``:
 
-- the *reader* takes whatever is there, splits it, and hands the messages on as one batch; it never waits for user code;
+- the *reader* takes whatever is there, splits it, and hands the messages on as one batch, never waiting for user code;
 - the *writer* is the only task that calls ``send_all``. A cancelled ``send_all`` may have sent half a packet, so no
   user task may ever run it: a ``move_on_after`` around a ``publish()`` would break the link for everybody;
 - the *timer* sends PINGREQ and finds overdue answers. It sleeps until the next of them; whoever creates an earlier
@@ -18,18 +18,15 @@ wait for lie unread on our side, so no deadline runs; PINGREQ still goes out, be
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
-import attrs
 import trio
 
 from ._config import DriverConfig
+from ._deadlines import Deadlines
 from ._errors import (
-    AckTimeoutError,
     ConnectionLostError,
-    KeepAliveError,
     MQTTDriverError,
     ProtocolError,
     PublishRefusedError,
@@ -41,6 +38,7 @@ from ._limits import publish_error
 from ._outbox import Outbox, Outgoing
 from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Packet, PacketReader, encode_publish, packet_name
 from ._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect, SubAck, SubscribeRequest
+from ._replies import Ping, Reply, Request
 from ._transport import lost
 from ._types import Message, PublishResult, ReasonCode, ServerLimits, UserProperties
 
@@ -49,8 +47,6 @@ _SEND_SIZE = 65536
 """Written in pieces of this size, so that progress on a slow link is seen between them."""
 _WINDOW_3_1_1 = 20
 """3.1.1 has no Receive Maximum; brokers commonly keep 20 and some drop what exceeds it."""
-
-T = TypeVar("T")
 
 
 class Inbox(Protocol):
@@ -62,44 +58,6 @@ class Inbox(Protocol):
     def full(self) -> bool: ...
 
     async def wait_room(self) -> None: ...
-
-
-class Reply(Generic[T]):
-    """The answer to one request. Settled on every path: by the answer, or by the end of the connection."""
-
-    def __init__(self) -> None:
-        self._event = trio.Event()
-        self._value: T | None = None
-        self._error: Exception | None = None
-
-    def set(self, value: T) -> None:
-        self._value = value
-        self._event.set()
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
-        self._event.set()
-
-    async def wait(self) -> T:
-        await self._event.wait()
-        if self._error is not None:
-            raise self._error
-        return self._value  # type: ignore[return-value]  # set() came first
-
-
-@attrs.define
-class _Ping:
-    sent_at: float
-    reply: Reply[float]
-
-
-@attrs.define
-class _Request:
-    """A SUBSCRIBE or UNSUBSCRIBE that waits for its answer."""
-
-    filters: int
-    unsubscribe: bool
-    reply: Reply[tuple[ReasonCode, ...]]
 
 
 class Connection:
@@ -126,8 +84,6 @@ class Connection:
         """Why the connection ended; None while it runs, and if its session ended by itself."""
         self.round_trip: float | None = None
         """Seconds between the last PINGREQ and its PINGRESP, or between the test publish and its PUBACK."""
-        now = trio.current_time()
-        self.heard_at = now
         self._stream = stream
         self._inbox = inbox
         self._outbox = outbox
@@ -149,19 +105,14 @@ class Connection:
         self._buffer: list[bytes] = []
         self._written = 0
         self._flushed = 0
-        self._sent_at = now
         self._wake_writer = trio.Event()
-        self._progress = trio.Event()
         # timing
-        self._keep_alive: float = math.inf
+        self._deadlines = Deadlines(config, trio.current_time())
         self._timer = trio.CancelScope()
-        self._pings: deque[_Ping] = deque()
-        self._paused = False
-        self._resumed_at = now
         self._acknowledged = trio.Event()
         # answers
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._closing = False
         self._eof = trio.Event()
         self.echo: tuple[str, Reply[None]] | None = None
@@ -193,7 +144,7 @@ class Connection:
             self._ended = True
             await trio.aclose_forcefully(self._stream)
             error = self.cause or ConnectionLostError("the connection was closed")
-            for ping in self._pings:
+            for ping in self._deadlines.pings:
                 ping.reply.fail(error)
             for request in self._requests.values():
                 request.reply.fail(error)
@@ -224,8 +175,8 @@ class Connection:
         window = limits.receive_maximum if self.version == 5 else _WINDOW_3_1_1
         self._outgoing.size = min(self.config.in_flight, window)
         seconds = self.config.keep_alive if limits.server_keep_alive is None else limits.server_keep_alive
-        self._keep_alive = seconds or math.inf
-        self._expect_by(trio.current_time() + self._keep_alive)
+        self._deadlines.keep_alive = seconds or math.inf
+        self._expect_by(trio.current_time() + self._deadlines.keep_alive)
 
     def subscribe(
         self, requests: list[SubscribeRequest], identifier: int | None, user_properties: UserProperties = ()
@@ -233,13 +184,13 @@ class Connection:
         if not self.limits.identifiers_available:
             identifier = None
         packet_id, packet = self._control.subscribe_packet(requests, identifier, user_properties)
-        return self._request(packet_id, packet, _Request(len(requests), unsubscribe=False, reply=Reply()))
+        return self._request(packet_id, packet, Request(len(requests), unsubscribe=False, reply=Reply()))
 
     def unsubscribe(self, filters: list[str]) -> Reply[tuple[ReasonCode, ...]]:
         packet_id, packet = self._control.unsubscribe_packet(filters)
-        return self._request(packet_id, packet, _Request(len(filters), unsubscribe=True, reply=Reply()))
+        return self._request(packet_id, packet, Request(len(filters), unsubscribe=True, reply=Reply()))
 
-    def _request(self, packet_id: int, packet: bytes, request: _Request) -> Reply[tuple[ReasonCode, ...]]:
+    def _request(self, packet_id: int, packet: bytes, request: Request) -> Reply[tuple[ReasonCode, ...]]:
         self._requests[packet_id] = request
         self._write(packet)
         return request.reply
@@ -247,10 +198,10 @@ class Connection:
     def ping(self) -> Reply[float]:
         """Send PINGREQ; the reply is the round trip in seconds."""
         now = trio.current_time()
-        ping = _Ping(now, Reply())
-        self._pings.append(ping)
+        ping = Ping(now, Reply())
+        self._deadlines.pings.append(ping)
+        self._deadlines.sent_at = now
         self._write(PINGREQ_PACKET)
-        self._sent_at = now
         self._expect_by(now + self.config.ping_timeout)
         return ping.reply
 
@@ -264,6 +215,11 @@ class Connection:
         await self._eof.wait()
 
     # -- publishing ---------------------------------------------------------------------------------------------------
+
+    @property
+    def heard_at(self) -> float:
+        """When anything last arrived from the broker, on Trio's clock."""
+        return self._deadlines.heard_at
 
     @property
     def in_flight(self) -> int:
@@ -359,7 +315,7 @@ class Connection:
                     if not self._closing:
                         self.fail(lost(exc, "writing to the broker"))
                     return
-                now = self._sent_at = trio.current_time()
+                now = self._deadlines.sent_at = trio.current_time()
                 self._flushed += len(piece)
                 self._counters.bytes_out += len(piece)
                 self._outgoing.flushed(self._flushed, now)
@@ -378,7 +334,7 @@ class Connection:
             if not data:
                 self._gone(ConnectionLostError("the broker closed the connection"))
                 return
-            self.heard_at = trio.current_time()
+            self._deadlines.heard_at = trio.current_time()
             self._counters.bytes_in += len(data)
             messages: list[Message[Any]] = []
             try:
@@ -402,14 +358,13 @@ class Connection:
             self.fail(error)
 
     async def _pause(self) -> None:
-        self._paused = True
+        self._deadlines.paused = True
         while self._inbox.full:
             await self._inbox.wait_room()
         while len(self._incoming) > self._incoming.maximum:
             self._acknowledged = trio.Event()
             await self._acknowledged.wait()
-        self._paused = False
-        self.heard_at = self._resumed_at = trio.current_time()
+        self._deadlines.resume(trio.current_time())
 
     def _take(self, packet: Packet, messages: list[Message[Any]]) -> None:
         if isinstance(packet, Message):
@@ -468,8 +423,8 @@ class Connection:
         if packet[0] == PINGRESP:
             if len(packet) != 2:
                 raise ProtocolError("malformed packet: PINGRESP with a body [MQTT-3.13.1]")
-            if self._pings:
-                ping = self._pings.popleft()
+            if self._deadlines.pings:
+                ping = self._deadlines.pings.popleft()
                 self.round_trip = trio.current_time() - ping.sent_at
                 ping.reply.set(self.round_trip)
             return
@@ -511,37 +466,11 @@ class Connection:
     async def _timer_loop(self) -> None:
         while True:
             with trio.CancelScope() as self._timer:
-                self._timer.deadline = self._check_deadlines(trio.current_time())
+                now = trio.current_time()
+                if self._deadlines.ping_due(now):
+                    self.ping()
+                error = self._deadlines.overdue(now, self._outgoing.oldest_sent_at)
+                if error is not None:
+                    self.fail(error)
+                self._timer.deadline = self._deadlines.look_at(now, self._outgoing.oldest_sent_at)
                 await trio.sleep_forever()
-
-    def _check_deadlines(self, now: float) -> float:
-        """Send the PINGREQ that is due, fail for an answer that is overdue; return when to look again."""
-        look_at = math.inf
-        if now >= self._sent_at + self._keep_alive or (
-            not self._pings and not self._paused and now >= self.heard_at + self._keep_alive
-        ):
-            self.ping()
-        look_at = min(look_at, self._sent_at + self._keep_alive)
-        if self._paused:
-            return min(look_at, now + self.config.ack_timeout)
-        if self._pings:
-            answer_by = max(self._pings[0].sent_at, self.heard_at) + self.config.ping_timeout
-            if now >= answer_by:
-                self.fail(
-                    KeepAliveError(
-                        f"no answer to PINGREQ within ping_timeout={self.config.ping_timeout:g} s, "
-                        f"nothing received for {now - self.heard_at:.1f} s: the link is half-open"
-                    )
-                )
-            look_at = min(look_at, answer_by)
-        else:
-            look_at = min(look_at, self.heard_at + self._keep_alive)
-        acknowledge_by = max(self._outgoing.oldest_sent_at, self._resumed_at) + self.config.ack_timeout
-        if now >= acknowledge_by:
-            self.fail(
-                AckTimeoutError(
-                    f"a publish was not acknowledged within ack_timeout={self.config.ack_timeout:g} s; "
-                    f"{self.in_flight} in flight, nothing received for {now - self.heard_at:.1f} s"
-                )
-            )
-        return min(look_at, acknowledge_by)

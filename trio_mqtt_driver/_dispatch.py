@@ -1,8 +1,8 @@
 """From incoming messages to subscriptions, and from handler subscriptions to their handlers.
 
-``deliver`` runs in the reader of a connection: it is synchronous and never waits for user code. Each handler has a task
-of its own, in a nursery that belongs to the driver: a reconnect does not interrupt a handler half-way, and one that
-sleeps holds up nobody else's messages, acknowledgements or keep-alive.
+``deliver`` runs in the reader of a connection: it is synchronous and never waits for user code. Each handler has a
+task of its own, in a nursery that belongs to the driver: a reconnect does not interrupt a handler half-way, and one
+that sleeps holds up nobody else's messages, acknowledgements or keep-alive.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ class Dispatcher:
             identifiers = message.properties.subscription_identifiers
             if identifiers:
                 targets = tuple(
-                    target
-                    for target in targets
-                    if target[0].identifier is None or target[0].identifier in identifiers
+                    target for target in targets if target[0].identifier is None or target[0].identifier in identifiers
                 )
             if not targets:
                 self._counters.unrouted += 1

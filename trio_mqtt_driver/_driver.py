@@ -148,7 +148,7 @@ class MQTTDriver:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return await self._context.__aexit__(kind, value, traceback)
+        return await self._context.__aexit__(kind, value, traceback)  # noqa: ASYNC102  # Lifespan shields and bounds
 
     @asynccontextmanager
     async def _live(self) -> AsyncGenerator[None, None]:
@@ -249,9 +249,7 @@ class MQTTDriver:
         self._submit(outgoing)
         return Receipt(outgoing)
 
-    def _outgoing(
-        self, topic: str, payload: object, qos: int, retain: bool, properties: PublishArguments
-    ) -> Outgoing:
+    def _outgoing(self, topic: str, payload: object, qos: int, retain: bool, properties: PublishArguments) -> Outgoing:
         if isinstance(qos, bool) or qos not in (0, 1, 2):
             raise ValueError(f"qos is {qos!r}, allowed are 0, 1, 2")
         if not isinstance(retain, bool):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -25,7 +25,9 @@ async def handshake(connection: Connection) -> None:
     """
     config = connection.config
     try:
-        authenticator = config.authenticator() if config.authenticator is not None and connection.version == 5 else None
+        authenticator = (
+            config.authenticator() if config.authenticator is not None and connection.version == 5 else None
+        )
         start = None if authenticator is None else (authenticator.method, await authenticator.start())
         answer = await connection.connect(start).wait()
         while isinstance(answer, AuthPacket):

@@ -74,11 +74,7 @@ class OutgoingWindow:
     def oldest_sent_at(self) -> float:
         """When the exchange that has waited longest was last moved forward by us; infinite if none waits."""
         return min(
-            (
-                next(iter(exchanges.values())).sent_at
-                for exchanges in (self._sent, self._released)
-                if exchanges
-            ),
+            (next(iter(exchanges.values())).sent_at for exchanges in (self._sent, self._released) if exchanges),
             default=math.inf,
         )
 

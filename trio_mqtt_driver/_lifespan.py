@@ -19,6 +19,7 @@ import logging
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import cast
 
 import trio
 
@@ -63,7 +64,7 @@ class Lifespan:
                 with self._body:
                     await ready()
                     yield
-            except BaseException as exc:  # raised again below, once the services have ended
+            except BaseException as exc:  # noqa: BLE001, ASYNC103  # raised again below, once the services have ended
                 body_error = exc
             with trio.CancelScope(shield=True):
                 await self._stop(stop, graceful=body_error is None and self._error is None)
@@ -80,28 +81,33 @@ class Lifespan:
         try:
             with self._services:
                 await services()
-        except BaseException as exc:  # it is kept, and leaves through around()
+        except BaseException as exc:  # noqa: BLE001, ASYNC103  # it is kept, and leaves through around()
             self.fail(_translate(exc))
 
     async def _stop(self, stop: Callable[[bool], Awaitable[None]], *, graceful: bool) -> None:
         try:
             await stop(graceful)
-        except Exception as exc:  # a bug of ours must not keep the body's exception from leaving
+        except Exception as exc:  # noqa: BLE001  # a bug of ours must not keep the body's exception from leaving
             self.fail(_translate(exc))
 
 
 def _translate(exc: BaseException) -> BaseException:
-    if isinstance(exc, BaseExceptionGroup):
-        interrupts = exc.subgroup((KeyboardInterrupt, SystemExit))
-        if interrupts is not None:
-            leaf: BaseException = interrupts
-            while isinstance(leaf, BaseExceptionGroup):
-                leaf = leaf.exceptions[0]
-            fresh = type(leaf)(*leaf.args)
-            fresh.__cause__ = exc
-            return fresh
-    elif isinstance(exc, KeyboardInterrupt | SystemExit):
+    interrupt = _interrupt_in(exc)
+    if interrupt is exc:
         return exc
+    if interrupt is not None:
+        fresh = type(interrupt)(*interrupt.args)
+        fresh.__cause__ = exc
+        return fresh
     error = DriverInternalError("a bug in trio-mqtt-driver; please report it with this traceback")
     error.__cause__ = exc
     return error
+
+
+def _interrupt_in(exc: BaseException) -> BaseException | None:
+    if isinstance(exc, KeyboardInterrupt | SystemExit):
+        return exc
+    if not isinstance(exc, BaseExceptionGroup):
+        return None
+    group = cast("BaseExceptionGroup[BaseException]", exc)
+    return next((found for inner in group.exceptions if (found := _interrupt_in(inner)) is not None), None)

@@ -1,8 +1,8 @@
 """What must still go out, across connections: bounded, in order, and every waiter is settled.
 
 A message is *accepted* when it enters the outbox and stays so until it is settled (acknowledged, refused, given up,
-lost), whether it waits here or is on the wire: the bounds count accepted messages, so a connection that dies can always
-hand its window back.
+lost), whether it waits here or is on the wire: the bounds count accepted messages, so a connection that dies can
+always hand its window back.
 """
 
 from __future__ import annotations

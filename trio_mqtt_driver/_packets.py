@@ -92,7 +92,7 @@ class PacketReader:
         """Whether a packet has begun and is not complete."""
         return bool(self._rest)
 
-    def feed(self, data: bytes) -> list[Packet]:
+    def feed(self, data: bytes | bytearray) -> list[Packet]:
         """The packets that are complete with ``data``; sets ``error`` at the first byte that MQTT does not allow."""
         if self.error is not None:
             return []
@@ -102,6 +102,8 @@ class PacketReader:
                 return []
             data = bytes(self._rest)
             self._rest.clear()
+        else:
+            data = bytes(data)
         packets: list[Packet] = []
         try:
             start = self._split(data, packets)
@@ -246,7 +248,8 @@ class PacketReader:
     def _resolve_alias(self, topic: str, alias: int) -> str:
         if alias > self._topic_alias_maximum:
             raise ProtocolError(
-                f"protocol error: Topic Alias {alias}, announced were at most {self._topic_alias_maximum} [MQTT-3.1.2-26]"
+                f"protocol error: Topic Alias {alias}, announced were at most {self._topic_alias_maximum} "
+                "[MQTT-3.1.2-26]"
             )
         if topic:
             self._aliases[alias] = topic

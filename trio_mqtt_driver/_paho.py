@@ -1,8 +1,9 @@
 """paho as a codec for control packets: trio-paho-mqtt's ``AsyncClient`` over a pipe in memory.
 
 This is the only module that knows paho. The arrangement is that of Trio's own ``_ssl.py``: a borrowed engine that
-believes it has a socket, while the bytes are ours to move. ``AsyncClient`` gives the shape (three loops in the caller's
-nursery); its loops are replaced, because 0.3.1 waits on sockets with ``trio.hazmat``, which Trio no longer has.
+believes it has a socket, while the bytes are ours to move. ``AsyncClient`` gives the shape (three loops in the
+caller's nursery); its loops are replaced, because 0.3.1 waits on sockets with ``trio.hazmat``, which Trio has no
+longer.
 
 Rules that keep paho harmless here, each pinned by ``tests/test_paho_contract.py``:
 
@@ -11,7 +12,7 @@ Rules that keep paho harmless here, each pinned by ``tests/test_paho_contract.py
 - A refused CONNACK is never shown to paho: for two codes it would open a new connection by itself.
 - ``loop_misc()`` is never called: it keeps time by ``time.monotonic()``, and closes the socket behind our back.
 - One whole packet is fed at a time, since ``loop_read()`` handles only one packet a call.
-- Whatever paho raises on a packet is the packet's fault: paho checks lengths by letting ``struct`` and ``assert`` fail.
+- Whatever paho raises on a packet is the packet's fault: paho checks lengths by letting ``struct`` fail.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ._packets import AUTH, CONNACK, DISCONNECT, SUBACK, UNSUBACK, packet_name
 from ._properties import encode_varint
 from ._types import ReasonCode, RetainHandling, ServerLimits, UserProperties
 
+_PropertiesOf: Callable[[int], Any] = Properties  # paho leaves this class without annotations
 _PAHO_2 = hasattr(mqtt, "CallbackAPIVersion")
 
 # CONNACK return codes of 3.1.1 [MQTT-3.2.2.3] as MQTT 5 says them.
@@ -138,12 +140,12 @@ def _make_client(client_id: str, version: int) -> _Client:
     if version != 5:
         arguments["clean_session"] = True
     if _PAHO_2:
-        arguments["callback_api_version"] = mqtt.CallbackAPIVersion.VERSION2
+        arguments["callback_api_version"] = cast(Any, mqtt).CallbackAPIVersion.VERSION2
     return _Client(**arguments)
 
 
-def _properties(kind: int, values: dict[str, Any], user_properties: UserProperties = ()) -> Properties:
-    properties = Properties(kind)
+def _properties(kind: int, values: dict[str, Any], user_properties: UserProperties = ()) -> Any:
+    properties = _PropertiesOf(kind)
     for name, value in values.items():
         if value is not None:
             setattr(properties, name, value)
@@ -153,7 +155,7 @@ def _properties(kind: int, values: dict[str, Any], user_properties: UserProperti
 
 
 class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
-    """The control packets of one connection. Its three loops are the connection's; ``start()`` puts them in its nursery."""
+    """The control packets of one connection, and its three loops, which ``start()`` puts in its nursery."""
 
     def __init__(
         self,
@@ -189,20 +191,22 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
 
     # -- callbacks: append, never raise ---------------------------------------------------------------------------
 
-    def _on_connect(self, client: object, userdata: object, flags: Any, reason: Any, properties: Any = None) -> None:
-        """CONNACK is read by ``feed`` itself; paho must only know that it is connected."""
+    # CONNACK is read by ``feed`` itself, DISCONNECT is not shown to paho, and PUBLISH takes the express lane.
+    def _on_connect(self, client: object, userdata: object, flags: object, rc: object, *rest: object) -> None: ...
 
-    def _on_disconnect(self, *args: object) -> None: ...
+    def _on_disconnect(self, client: object, userdata: object, rc: object, *rest: object) -> None: ...
 
-    def _on_message(self, *args: object) -> None: ...
+    def _on_message(self, client: object, userdata: object, msg: object) -> None: ...
 
-    def _on_subscribe(self, client: object, userdata: object, mid: int, codes: Any, properties: Any = None) -> None:
-        self._events.append(SubAck(mid, _codes(codes)))
+    def _on_subscribe(self, *args: Any) -> None:
+        # (client, userdata, packet identifier, codes, …)
+        self._events.append(SubAck(args[2], _codes(args[3])))
 
-    def _on_unsubscribe(self, client: object, userdata: object, mid: int, *rest: Any) -> None:
-        # paho 1 gives (properties, code or codes), paho 2 (codes, properties), and 3.1.1 has neither.
-        codes = rest[0] if _PAHO_2 and rest else rest[-1] if rest else ()
-        self._events.append(SubAck(mid, _codes(codes), unsubscribe=True))
+    def _on_unsubscribe(self, *args: Any) -> None:
+        # (client, userdata, packet identifier), then paho 1: properties, code or codes; paho 2: codes, properties.
+        # With paho 1 and 3.1.1 there is nothing more.
+        codes = () if len(args) == 3 else args[3] if _PAHO_2 else args[4]
+        self._events.append(SubAck(args[2], _codes(codes), unsubscribe=True))
 
     # -- outgoing -------------------------------------------------------------------------------------------------
 
@@ -273,11 +277,11 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
             _, packet_id = self._client.subscribe(topics, properties=properties)
         else:
             _, packet_id = self._client.subscribe([(request.topic_filter, request.qos) for request in requests])
-        return packet_id, self.take_output()
+        return cast(int, packet_id), self.take_output()
 
     def unsubscribe_packet(self, filters: Sequence[str]) -> tuple[int, bytes]:
         _, packet_id = self._client.unsubscribe(list(filters))
-        return packet_id, self.take_output()
+        return cast(int, packet_id), self.take_output()
 
     def disconnect_packet(self) -> bytes:
         """DISCONNECT; the broker discards the will [MQTT-3.14.4-3]."""
@@ -345,19 +349,19 @@ def _code(value: int) -> ReasonCode:
 
 def _codes(codes: Any) -> tuple[ReasonCode, ...]:
     # paho 1 gives a bare object for a single code; a 3.1.1 broker's refusal is the number 128.
-    many: Iterable[Any] = codes if isinstance(codes, list | tuple) else (codes,)
+    many: Iterable[Any] = cast("Iterable[Any]", codes) if isinstance(codes, list | tuple) else (codes,)
     return tuple(ReasonCode(getattr(code, "value", code)) for code in many)
 
 
-def _unpack(kind: int, data: bytes) -> Properties:
-    properties = Properties(kind)
+def _unpack(kind: int, data: bytes) -> Any:
+    properties = _PropertiesOf(kind)
     _, length = properties.unpack(data)
     if length != len(data):
         raise ProtocolError(f"malformed packet: {len(data) - length} bytes behind the properties [MQTT-2.2.2.1]")
     return properties
 
 
-def _server_limits(properties: Properties) -> tuple[ServerLimits, bytes | None]:
+def _server_limits(properties: Any) -> tuple[ServerLimits, bytes | None]:
     def get(name: str, default: Any = None) -> Any:
         return getattr(properties, name, default)
 
@@ -378,7 +382,7 @@ def _server_limits(properties: Properties) -> tuple[ServerLimits, bytes | None]:
         session_expiry=get("SessionExpiryInterval"),
     )
     if not limits.receive_maximum or limits.maximum_packet_size == 0:
-        raise ProtocolError("protocol error: CONNACK with a Receive Maximum or Maximum Packet Size of 0 [MQTT-3.2.2.3]")
+        raise ProtocolError("protocol error: CONNACK with a Receive Maximum or packet size of 0 [MQTT-3.2.2.3]")
     return limits, get("AuthenticationData")
 
 

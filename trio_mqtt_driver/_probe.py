@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import trio
 
-from ._connection import Connection, Reply
+from ._connection import Connection
 from ._errors import ProbeError, PublishRefusedError
 from ._limits import publish_error
 from ._outbox import Outgoing
 from ._paho import SubscribeRequest
+from ._replies import Reply
 from ._topics import check_topic
 from ._types import ReasonCode
 

@@ -6,6 +6,8 @@ that cheap is that peers send the same few blocks again and again, so ``_packets
 
 from __future__ import annotations
 
+from typing import cast
+
 from ._errors import ProtocolError
 from ._topics import check_topic
 from ._types import NO_PROPERTIES, PayloadFormat, PublishProperties
@@ -129,7 +131,7 @@ def _decode(data: bytes, pos: int, end: int, allowed: set[int]) -> dict[int, obj
 
 
 def _tuple(value: object) -> tuple[object, ...]:
-    return value if isinstance(value, tuple) else ()
+    return cast("tuple[object, ...]", value) if isinstance(value, tuple) else ()
 
 
 def decode_publish_properties(data: bytes, pos: int, end: int) -> PublishProperties:

@@ -67,7 +67,7 @@ class Registration(Generic[M]):
     options: SubscriptionOptions
     identifier: int | None
     """The Subscription Identifier: the application's, or that of the registration's class."""
-    members: list[M] = attrs.Factory(list)
+    members: list[M] = attrs.field(factory=list[M])
     standing: Standing = Standing.DUE
     reason_code: ReasonCode | None = None
     """What the last SUBACK said; None before the first."""
@@ -153,7 +153,7 @@ class Registry(Generic[M]):
         """
         registration = self._wanted.get(topic_filter)
         if registration is None:
-            registration = Registration(topic_filter, options, options.identifier)
+            registration = Registration[M](topic_filter, options, options.identifier)
             if options.identifier is None and self._identifiers:
                 registration.identifier = self._classify(registration)
             self._wanted[topic_filter] = registration
@@ -197,18 +197,16 @@ class Registry(Generic[M]):
         return leaving
 
     def _classify(self, registration: Registration[M]) -> int | None:
-        for number, filters in enumerate(self._classes, 1):
-            if not filters.overlaps(registration.plain_filter):
-                break
-        else:
-            if len(self._classes) == OWN_IDENTIFIERS:
-                return None
-            filters = FilterTrie()
-            self._classes.append(filters)
-            number = len(self._classes)
-        filters.add(registration.plain_filter, registration)
-        self._class_of[registration] = filters
-        return number
+        number = 0
+        while number < len(self._classes) and self._classes[number].overlaps(registration.plain_filter):
+            number += 1
+        if number == OWN_IDENTIFIERS:
+            return None
+        if number == len(self._classes):
+            self._classes.append(FilterTrie())
+        self._classes[number].add(registration.plain_filter, registration)
+        self._class_of[registration] = self._classes[number]
+        return number + 1
 
     def _make_due(self, registration: Registration[M]) -> None:
         registration.standing = Standing.DUE
@@ -260,7 +258,7 @@ class Registry(Generic[M]):
                 length = 3 + len(registration.topic_filter.encode())
                 too_long = max_bytes is not None and overhead + used + length > max_bytes
                 if batch is None or too_long or len(batch.registrations) >= size:
-                    batch = Batch([], [], identifier, user_properties)
+                    batch = Batch[M]([], [], identifier, user_properties)
                     batches.append(batch)
                     used = 0
                 batch.registrations.append(registration)
@@ -293,7 +291,10 @@ class Registry(Generic[M]):
         return registration.reason_code
 
     async def wait_left(self, leaving: Leaving) -> ReasonCode:
-        """Return what the broker said to UNSUBSCRIBE; a session that ended has forgotten. Raises ``DriverClosedError``."""
+        """Return what the broker said to UNSUBSCRIBE; a session that ended has forgotten.
+
+        Raises ``DriverClosedError``.
+        """
         await leaving.done.wait()
         if leaving.reason_code is None:
             self._check_open()

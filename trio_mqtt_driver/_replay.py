@@ -6,10 +6,11 @@ from typing import Any
 
 import trio
 
-from ._connection import Connection, Reply
+from ._connection import Connection
 from ._errors import AckTimeoutError
 from ._limits import subscribe_refusal
-from ._registry import Batch, Registry
+from ._registry import Batch, Registration, Registry
+from ._replies import Reply
 from ._types import ReasonCode
 
 
@@ -38,9 +39,9 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
 
 
 async def _subscribe(connection: Connection, registry: Registry[Any], batches: list[Batch[Any]]) -> None:
-    requests = []
+    requests: list[tuple[list[tuple[Registration[Any], int]], Reply[tuple[ReasonCode, ...]]]] = []
     for batch in batches:
-        sent = []
+        sent: list[tuple[Registration[Any], int]] = []
         for registration, revision in zip(batch.registrations, batch.revisions, strict=True):
             refusal = subscribe_refusal(connection.limits, registration.topic_filter)
             if refusal is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Sequence
 
 import attrs
 
@@ -32,7 +31,7 @@ class TLSConfig:
     check_hostname: bool = True
     verify: bool = True
     minimum_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2
-    alpn_protocols: Sequence[str] = attrs.field(default=(), converter=tuple)
+    alpn_protocols: tuple[str, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         if self.cert_file is None and (self.key_file is not None or self.key_password is not None):

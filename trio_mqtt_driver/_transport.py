@@ -1,4 +1,4 @@
-"""From an endpoint to a ``trio.abc.Stream``, and the one seam where OSError and SSLError become this package's errors."""
+"""From an endpoint to a ``trio.abc.Stream``, and the one seam where OSError and SSLError become our errors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ async def open_stream(config: DriverConfig) -> trio.abc.Stream:
     Raises ``TransportError``, ``TLSError`` or, for TLS files that cannot be used, ``OptionsError``.
     """
     endpoint = config.endpoint
-    try:
-        if config.open_stream is not None:
+    if config.open_stream is not None:
+        try:
             return await config.open_stream(endpoint)
+        except Exception as exc:  # whatever the application's code raises is one failed attempt
+            raise lost(exc, f"connecting to {endpoint}") from exc
+    try:
         if endpoint.scheme == "unix":
             return await trio.open_unix_socket(endpoint.path)
         # Made before the connection, so that a bad file costs the broker nothing.
         context = await _make_context(config.tls or TLSConfig()) if endpoint.scheme == "mqtts" else None
         stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:  # a host name that IDNA cannot encode
         raise lost(exc, f"connecting to {endpoint}") from exc
     if context is None:
         return stream
@@ -34,10 +37,11 @@ async def open_stream(config: DriverConfig) -> trio.abc.Stream:
     secure = trio.SSLStream(stream, context, server_hostname=hostname or endpoint.host, https_compatible=True)
     try:
         await secure.do_handshake()
-    except BaseException as exc:
+    except (trio.BrokenResourceError, OSError) as exc:
         await trio.aclose_forcefully(stream)
-        if isinstance(exc, trio.BrokenResourceError | OSError):
-            raise lost(exc, f"TLS handshake with {endpoint}") from exc
+        raise lost(exc, f"TLS handshake with {endpoint}") from exc
+    except BaseException:
+        await trio.aclose_forcefully(stream)
         raise
     return secure
 
@@ -61,7 +65,7 @@ def lost(exc: BaseException, doing: str) -> MQTTDriverError:
         if isinstance(cause, ssl.SSLError):
             return TLSError(f"{doing}: {_words(cause)}")
         cause = cause.__cause__
-    if isinstance(exc, OSError):
+    if isinstance(exc, Exception) and not isinstance(exc, trio.BrokenResourceError | trio.ClosedResourceError):
         return TransportError(f"{doing}: {_words(exc)}")
     return ConnectionLostError(f"{doing}: {_words(exc.__cause__ or exc)}")
 

@@ -157,6 +157,8 @@ class BrokerProcess(abc.ABC):
         """Start the broker, on the port that it had, and wait until it answers a CONNECT."""
         if self.running:
             raise RuntimeError(f"{self.name} is already running")
+        if self._guardian is not None:
+            await self._gone()  # It ended by itself.
         fixed = self._port
         for _ in range(1 if fixed else _FIRST_ATTEMPTS):
             self._port = fixed or free_port()
@@ -238,6 +240,7 @@ class BrokerProcess(abc.ABC):
 
     async def _wait_ready(self, mark: int) -> bool:
         """Until a CONNECT is answered: an open port alone says little, least of all whose it is."""
+        await trio.lowlevel.checkpoint()
         reason = "no answer"
         with trio.move_on_after(_START_DEADLINE):
             # Another process cannot tell us by an Event that it is ready: this is the one place that has to ask again.

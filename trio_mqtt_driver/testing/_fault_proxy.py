@@ -156,12 +156,12 @@ class FaultProxy:
         self._nursery.start_soon(self._accept, self._listener, self._listening)
 
     async def _accept(self, listener: trio.SocketListener, listening: trio.CancelScope) -> None:
-        await trio.lowlevel.checkpoint()
-        with listening:
-            try:
+        try:
+            await trio.lowlevel.checkpoint()
+            with listening:
                 await trio.serve_listeners(self._serve, [listener], handler_nursery=self._nursery)
-            except trio.ClosedResourceError:
-                return  # refuse() was faster than the start of this task.
+        finally:
+            listener.socket.close()
 
     async def _serve(self, client: trio.SocketStream) -> None:
         await trio.lowlevel.checkpoint()
@@ -198,20 +198,27 @@ class FaultProxy:
                     if not (pair.ended and sink is pair.client):
                         await sink.send_eof()
                     return
-                budget = self._budgets.get(direction)
-                if budget is not None:
-                    data = data[:budget]
-                    self._budgets[direction] = budget - len(data)
                 if pair.ended and sink is pair.client:
                     continue
+                data, cut = self._spend(data, direction)
                 await self._pass(data, sink, direction)
-                if self._budgets.get(direction) == 0:
-                    del self._budgets[direction]
+                if cut:
                     self._cut(pair)
                     return
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # What broke on one side breaks on the other.
             pair.reset()
+
+    def _spend(self, data: bytes | bytearray, direction: Direction) -> tuple[bytes | bytearray, bool]:
+        """What of ``data`` may still pass before the cut that was asked for, and whether the cut comes now."""
+        budget = self._budgets.get(direction)
+        if budget is None:
+            return data, False
+        if len(data) < budget:
+            self._budgets[direction] = budget - len(data)
+            return data, False
+        del self._budgets[direction]
+        return data[:budget], True
 
     async def _pass(self, data: bytes | bytearray, sink: trio.SocketStream, direction: Direction) -> None:
         await sink.send_all(data[:1] if self.byte_by_byte else data)

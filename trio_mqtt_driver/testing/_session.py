@@ -102,23 +102,23 @@ class Session:
 
     client_id: str
     queue_limit: int
-    on_drop: Callable[[], None]
+    on_drop: Callable[[], None] = attrs.field(repr=False)
     expiry: int = 0
     will: Will | None = None
     """Set while a connection with a will is up, or lost and the Will Delay Interval still runs."""
     subscriptions: dict[str, Subscription] = attrs.field(factory=dict[str, Subscription])
     receiving: set[int] = attrs.field(factory=set[int])
     """Packet identifiers of QoS 2 messages from the client that wait for PUBREL."""
-    outlet: Outlet | None = None
-    timers: trio.CancelScope | None = None
+    outlet: Outlet | None = attrs.field(default=None, repr=False)
+    timers: trio.CancelScope | None = attrs.field(default=None, repr=False)
     """Around the waits for will delay and expiry while the client is away."""
-    _queue: deque[_Delivery] = attrs.field(factory=deque[_Delivery])
-    _flight: dict[int, _Delivery] = attrs.field(factory=dict[int, _Delivery])
-    _again: deque[int] = attrs.field(factory=deque[int])
+    _queue: deque[_Delivery] = attrs.field(factory=deque[_Delivery], repr=False)
+    _flight: dict[int, _Delivery] = attrs.field(factory=dict[int, _Delivery], repr=False)
+    _again: deque[int] = attrs.field(factory=deque[int], repr=False)
     """Packet identifiers in flight that were not sent on this connection yet."""
-    _quota: int = 0
-    _receive_maximum: int = 0
-    _last_id: int = 0
+    _quota: int = attrs.field(default=0, repr=False)
+    _receive_maximum: int = attrs.field(default=0, repr=False)
+    _last_id: int = attrs.field(default=0, repr=False)
 
     @property
     def connected(self) -> bool:

@@ -1,0 +1,72 @@
+"""When a connection must send PINGREQ, and when an answer is overdue. Pure: times in, decisions out.
+
+Two clocks run. Ours to the broker: it must hear from us within Keep Alive [MQTT-3.1.2-20], whatever else happens. And
+the broker's to us: if nothing arrives for as long, PINGREQ asks for a sign of life, since on a half-open link writing
+goes on "working" for a long time. Bytes that arrive count as that sign: a PINGRESP may queue behind a large message.
+
+While reading is paused the answers lie unread on our side: only the first clock runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from ._config import DriverConfig
+from ._errors import AckTimeoutError, KeepAliveError, MQTTDriverError
+from ._replies import Ping
+
+
+class Deadlines:
+    """The times of one connection, in seconds on the caller's clock."""
+
+    def __init__(self, config: DriverConfig, now: float) -> None:
+        self._ping_timeout = config.ping_timeout
+        self._ack_timeout = config.ack_timeout
+        self.keep_alive: float = math.inf
+        self.sent_at = now
+        self.heard_at = now
+        self.pings: deque[Ping] = deque()
+        self.paused = False
+        self._resumed_at = now
+
+    def resume(self, now: float) -> None:
+        """Reading goes on: what lay unread can be an answer, so all waiting begins anew."""
+        self.paused = False
+        self.heard_at = self._resumed_at = now
+
+    def ping_due(self, now: float) -> bool:
+        """Whether PINGREQ must be sent now."""
+        if now >= self.sent_at + self.keep_alive:
+            return True
+        return not self.pings and not self.paused and now >= self.heard_at + self.keep_alive
+
+    def overdue(self, now: float, oldest_sent_at: float) -> MQTTDriverError | None:
+        """What the link failed to answer in time; ``oldest_sent_at`` is when the oldest open publish was sent."""
+        if self.paused:
+            return None
+        silence = f"nothing received for {now - self.heard_at:.1f} s"
+        if now >= self._pong_by():
+            return KeepAliveError(
+                f"no answer to PINGREQ within ping_timeout={self._ping_timeout:g} s, {silence}: the link is half-open"
+            )
+        if now >= self._ack_by(oldest_sent_at):
+            return AckTimeoutError(f"no acknowledgement within ack_timeout={self._ack_timeout:g} s, {silence}")
+        return None
+
+    def look_at(self, now: float, oldest_sent_at: float) -> float:
+        """When the next of all this may be due."""
+        ping_by = self.sent_at + self.keep_alive
+        if self.paused:
+            return min(ping_by, now + self._ack_timeout)
+        if not self.pings:
+            ping_by = min(ping_by, self.heard_at + self.keep_alive)
+        return min(ping_by, self._pong_by(), self._ack_by(oldest_sent_at))
+
+    def _pong_by(self) -> float:
+        if not self.pings:
+            return math.inf
+        return max(self.pings[0].sent_at, self.heard_at) + self._ping_timeout
+
+    def _ack_by(self, oldest_sent_at: float) -> float:
+        return max(oldest_sent_at, self._resumed_at) + self._ack_timeout

@@ -1,0 +1,50 @@
+"""Answers that a connection waits for."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import attrs
+import trio
+
+from ._types import ReasonCode
+
+T = TypeVar("T")
+
+
+class Reply(Generic[T]):
+    """The answer to one request. Settled on every path: by the answer, or by the end of the connection."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._value: T | None = None
+        self._error: Exception | None = None
+
+    def set(self, value: T) -> None:
+        self._value = value
+        self._event.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._event.set()
+
+    async def wait(self) -> T:
+        await self._event.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]  # set() came first
+
+
+@attrs.define
+class Ping:
+    sent_at: float
+    reply: Reply[float]
+
+
+@attrs.define
+class Request:
+    """A SUBSCRIBE or UNSUBSCRIBE that waits for its answer."""
+
+    filters: int
+    unsubscribe: bool
+    reply: Reply[tuple[ReasonCode, ...]]
