@@ -29,7 +29,9 @@ from ._errors import (
     ConnectionLostError,
     MQTTDriverError,
     ProtocolError,
+    ProtocolVersionError,
     PublishRefusedError,
+    RefusedError,
     ServerDisconnectedError,
 )
 from ._history import Counters
@@ -52,7 +54,7 @@ _WINDOW_3_1_1 = 20
 class Inbox(Protocol):
     """Where messages go; the dispatcher, as far as a connection knows it."""
 
-    def deliver(self, messages: list[Message[Any]]) -> None: ...
+    def deliver(self, messages: list[Message[Any]], *, copies: bool) -> None: ...
 
     @property
     def full(self) -> bool: ...
@@ -115,8 +117,10 @@ class Connection:
         self._requests: dict[int, Request] = {}
         self._closing = False
         self._eof = trio.Event()
-        self.echo: tuple[str, Reply[None]] | None = None
-        """While the link is validated by an echo: the topic, and who waits for a message on it."""
+        self.intercept: tuple[str, Callable[[Message[Any]], None]] | None = None
+        """While the broker is being tested: a topic of our own, and who gets its messages instead of the inbox."""
+        self.copies: bool | None = None
+        """Whether the broker sends a copy per matching filter and cannot mark them; None until that matters."""
 
     async def run(self, session: Callable[[Connection], Awaitable[None]]) -> None:
         """Run the loops and ``session`` in the child nursery until either ends; afterwards ``cause`` tells why.
@@ -138,6 +142,10 @@ class Connection:
                 try:
                     await session(self)
                 except MQTTDriverError as exc:
+                    if isinstance(exc, RefusedError | ProtocolVersionError):
+                        # A broker that refuses also closes, and the reader may see that before the session has woken
+                        # up with the answer: it is the answer that says why.
+                        self.cause = exc
                     self.fail(exc)
                 nursery.cancel_scope.cancel(reason="the session of this connection ended")
         finally:
@@ -177,6 +185,11 @@ class Connection:
         seconds = self.config.keep_alive if limits.server_keep_alive is None else limits.server_keep_alive
         self._deadlines.keep_alive = seconds or math.inf
         self._expect_by(trio.current_time() + self._deadlines.keep_alive)
+
+    @property
+    def marks_copies(self) -> bool:
+        """Whether incoming messages say, by Subscription Identifiers, which filters they are for."""
+        return self.version == 5 and self.limits.identifiers_available and self.config.subscription_identifiers
 
     def subscribe(
         self, requests: list[SubscribeRequest], identifier: int | None, user_properties: UserProperties = ()
@@ -347,7 +360,7 @@ class Connection:
             # Even after a fault: what arrived whole before it was accepted.
             if messages:
                 self._counters.messages_in += len(messages)
-                self._inbox.deliver(messages)
+                self._inbox.deliver(messages, copies=bool(self.copies))
             self.refill()
             if self._inbox.full or len(self._incoming) > self._incoming.maximum:
                 await self._pause()
@@ -392,8 +405,8 @@ class Connection:
                     f"protocol error: {len(self._incoming)} unacknowledged messages, announced was a "
                     f"Receive Maximum of {self._incoming.maximum} [MQTT-3.3.4-9]"
                 )
-        if self.echo is not None and message.topic == self.echo[0]:
-            self.echo[1].set(None)
+        if self.intercept is not None and message.topic == self.intercept[0]:
+            self.intercept[1](message)
             if message.qos:
                 self.acknowledge(message)
             return

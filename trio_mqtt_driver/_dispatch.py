@@ -13,11 +13,12 @@ from typing import Any
 
 import trio
 
+from ._copies import CopyDealer
 from ._errors import DriverClosedError, SubscribeError, UnsubscribeError
 from ._history import Counters
 from ._registry import Leaving, Registration, Registry, SubscriptionOptions
 from ._subscription import Subscription
-from ._types import Message, Overflow
+from ._types import Acknowledger, Message, Overflow
 
 logger = logging.getLogger("trio_mqtt_driver")
 
@@ -42,6 +43,8 @@ class Dispatcher:
         self._on_handler_error = on_handler_error
         self._targets: dict[str, tuple[Target, ...]] = {}
         self._targets_version = -1
+        self._dealer = CopyDealer()
+        self._dealing_for: Acknowledger | None = None
         self._blocking: set[Subscription[Any]] = set()
         self._room = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -49,8 +52,11 @@ class Dispatcher:
 
     # -- the connection's end: connection.Inbox -----------------------------------------------------------------------
 
-    def deliver(self, messages: list[Message[Any]]) -> None:
-        """Queue each message with every subscription that it matches."""
+    def deliver(self, messages: list[Message[Any]], *, copies: bool) -> None:
+        """Queue each message with every subscription that it matches.
+
+        With ``copies`` each message comes once for each registration that it matches, unmarked.
+        """
         if self._targets_version != self._registry.version:
             self._targets.clear()
             self._targets_version = self._registry.version
@@ -63,6 +69,8 @@ class Dispatcher:
                 targets = tuple(
                     target for target in targets if target[0].identifier is None or target[0].identifier in identifiers
                 )
+            if copies and len(targets) > 1 and not message.retain:
+                targets = self._deal(message, targets)
             if not targets:
                 self._counters.unrouted += 1
                 message._done()  # pyright: ignore[reportPrivateUsage]
@@ -72,6 +80,18 @@ class Dispatcher:
                 pending = [len(targets)]
                 for target in targets:
                     self._put(message._for_one_of(pending), *target)  # pyright: ignore[reportPrivateUsage]
+
+    def _deal(self, message: Message[Any], targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        """The targets that this copy is for. Retained messages are not dealt out: a filter that is subscribed later
+        makes the broker send one copy, for that filter alone. Nor are shared ones, whose copy may go elsewhere."""
+        if message._source is not self._dealing_for:  # pyright: ignore[reportPrivateUsage]  # another connection
+            self._dealing_for = message._source  # pyright: ignore[reportPrivateUsage]
+            self._dealer = CopyDealer()
+        registrations = list(dict.fromkeys(one for one, _ in targets if one.topic_filter == one.plain_filter))
+        if len(registrations) < 2:
+            return targets
+        chosen = self._dealer.deal(message, registrations)
+        return tuple(target for target in targets if target[0] is chosen or target[0] not in registrations)
 
     def _put(
         self, message: Message[Any], registration: Registration[Subscription[Any]], subscription: Subscription[Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import trio
 
 from ._connection import Connection
@@ -11,7 +13,7 @@ from ._outbox import Outgoing
 from ._paho import SubscribeRequest
 from ._replies import Reply
 from ._topics import check_topic
-from ._types import ReasonCode
+from ._types import Message, ReasonCode
 
 _ADVICE = "allow it in the broker's access list, or set probe_topic or probe='ping'"
 
@@ -57,7 +59,7 @@ async def _publish(connection: Connection, topic: str) -> None:
 
 async def _echo(connection: Connection, topic: str) -> None:
     echoed = Reply[None]()
-    connection.echo = (topic, echoed)
+    connection.intercept = (topic, lambda _: echoed.set(None))
     request = SubscribeRequest(topic_filter=topic, qos=1)
     (code,) = await connection.subscribe([request], None).wait()
     if code.is_failure:
@@ -66,6 +68,36 @@ async def _echo(connection: Connection, topic: str) -> None:
     await echoed.wait()
     # The echo may come again until UNSUBACK: with a subscription of QoS 1 a broker may repeat it.
     (code,) = await connection.unsubscribe([topic]).wait()
-    connection.echo = None
+    connection.intercept = None
     if code.is_failure and code != ReasonCode.NO_SUBSCRIPTION_EXISTED:
         raise ProbeError(f"the broker refused to unsubscribe from the probe topic {topic!r}: {code}")
+
+
+async def sends_copies(connection: Connection) -> bool:
+    """Ask the broker with a message on two overlapping filters; a second one ends the wait for copies of the first.
+
+    A broker that lets us not subscribe there, or does not answer in ``probe_timeout``, is taken to send one copy.
+    """
+    base = connection.config.probe_topic_for(connection.client_id)
+    topic = f"{base}/copies"
+    filters = [topic, f"{base}/+"]
+    seen: list[bytes] = []
+    both = Reply[None]()
+
+    def count(message: Message[Any]) -> None:
+        seen.append(message.payload)
+        if message.payload == b"2":
+            both.set(None)
+
+    with trio.move_on_after(connection.config.probe_timeout):
+        connection.intercept = (topic, count)
+        codes = await connection.subscribe([SubscribeRequest(topic_filter=one, qos=0) for one in filters], None).wait()
+        if not any(code.is_failure for code in codes):
+            for payload in (b"1", b"2"):
+                now = trio.current_time()
+                connection.send(Outgoing(topic, check_topic(topic), payload, 0, False, b"\0", now))
+            await both.wait()
+    with trio.move_on_after(connection.config.probe_timeout):
+        await connection.unsubscribe(filters).wait()
+    connection.intercept = None
+    return seen.count(b"1") > 1

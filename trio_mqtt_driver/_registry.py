@@ -141,6 +141,11 @@ class Registry(Generic[M]):
         return self._routes.match(topic)
 
     @property
+    def overlapping(self) -> bool:
+        """Whether some topic matches more than one registration."""
+        return sum(1 for filters in self._classes if len(filters)) > 1
+
+    @property
     def degraded(self) -> list[Registration[M]]:
         """Those that the broker refuses."""
         return [registration for registration in self if registration.standing is Standing.REFUSED]
@@ -154,8 +159,9 @@ class Registry(Generic[M]):
         registration = self._wanted.get(topic_filter)
         if registration is None:
             registration = Registration[M](topic_filter, options, options.identifier)
-            if options.identifier is None and self._identifiers:
-                registration.identifier = self._classify(registration)
+            number = self._classify(registration)
+            if options.identifier is None and self._identifiers and number <= OWN_IDENTIFIERS:
+                registration.identifier = number
             self._wanted[topic_filter] = registration
             self._routes.add(registration.plain_filter, registration)
         else:
@@ -196,12 +202,11 @@ class Registry(Generic[M]):
         self._work.set()
         return leaving
 
-    def _classify(self, registration: Registration[M]) -> int | None:
+    def _classify(self, registration: Registration[M]) -> int:
+        """Put it in the first class that it overlaps nothing of; returns the number of the class, from 1."""
         number = 0
         while number < len(self._classes) and self._classes[number].overlaps(registration.plain_filter):
             number += 1
-        if number == OWN_IDENTIFIERS:
-            return None
         if number == len(self._classes):
             self._classes.append(FilterTrie())
         self._classes[number].add(registration.plain_filter, registration)

@@ -9,6 +9,7 @@ import trio
 from ._connection import Connection
 from ._errors import AckTimeoutError
 from ._limits import subscribe_refusal
+from ._probe import sends_copies
 from ._registry import Batch, Registration, Registry
 from ._replies import Reply
 from ._types import ReasonCode
@@ -35,6 +36,8 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
             if registry.leaving:
                 continue
             return
+        if connection.copies is None and registry.overlapping and not connection.marks_copies:
+            connection.copies = await sends_copies(connection)
         await _subscribe(connection, registry, batches)
 
 
