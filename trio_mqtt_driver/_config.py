@@ -215,7 +215,7 @@ class DriverConfig:
     outbox_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 2**40))
     write_buffer: int = attrs.field(default=1024 * 1024, validator=between(1024, 2**32))
     """Bytes waiting for the socket above which ``publish()`` waits."""
-    queue_messages: int = attrs.field(default=1000, validator=between(1, 10_000_000))
+    queue_messages: int = attrs.field(default=10_000, validator=between(1, 10_000_000))
     """Bound of each subscription's queue, unless the subscription names its own."""
     replay_batch: int = attrs.field(default=100, validator=between(1, 10_000))
     """Topic filters per SUBSCRIBE packet."""

@@ -57,6 +57,11 @@ class Inbox(Protocol):
     def deliver(self, messages: list[Message[Any]], *, copies: bool) -> None: ...
 
     @property
+    def crowded(self) -> bool: ...
+
+    async def give_way(self) -> None: ...
+
+    @property
     def full(self) -> bool: ...
 
     async def wait_room(self) -> None: ...
@@ -362,6 +367,8 @@ class Connection:
                 self._counters.messages_in += len(messages)
                 self._inbox.deliver(messages, copies=bool(self.copies))
             self.refill()
+            if self._inbox.crowded:
+                await self._inbox.give_way()
             if self._inbox.full or len(self._incoming) > self._incoming.maximum:
                 await self._pause()
 

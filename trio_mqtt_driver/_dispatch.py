@@ -46,6 +46,7 @@ class Dispatcher:
         self._dealer = CopyDealer()
         self._dealing_for: Acknowledger | None = None
         self._blocking: set[Subscription[Any]] = set()
+        self._crowded: set[Subscription[Any]] = set()
         self._room = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._open: set[Subscription[Any]] = set()
@@ -99,8 +100,8 @@ class Dispatcher:
         if message.retain and not registration.options.retain_as_published:
             message.replayed = 0 < registration.first_generation < message.generation
         subscription.put(message)
-        if subscription.overflow is Overflow.BLOCK and subscription.full:
-            self._blocking.add(subscription)
+        if subscription.full:
+            (self._blocking if subscription.overflow is Overflow.BLOCK else self._crowded).add(subscription)
 
     def _find_targets(self, topic: str) -> tuple[Target, ...]:
         targets = tuple(
@@ -113,6 +114,22 @@ class Dispatcher:
                 self._targets.clear()
             self._targets[topic] = targets
         return targets
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a queue has become too long, so that ``give_way`` is due."""
+        return bool(self._crowded)
+
+    async def give_way(self) -> None:
+        """Let those catch up who only lack a turn of the scheduler, then apply the overflow policy to the others.
+
+        A read can bring thousands of messages before any consumer runs: without this, the fastest handler would lose
+        some. It never waits for user code: who is busy with a message is not waited for.
+        """
+        while any(one.full and one.ready for one in self._crowded):
+            await trio.lowlevel.checkpoint()
+        while self._crowded:
+            self._crowded.pop().shorten()
 
     @property
     def full(self) -> bool:

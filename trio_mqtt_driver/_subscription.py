@@ -126,24 +126,37 @@ class Subscription(Generic[T]):
 
     # -- the filling end ----------------------------------------------------------------------------------------------
 
+    @property
+    def ready(self) -> bool:
+        """Whether somebody is asking for the next message, and not busy with the last one."""
+        return self._receiving
+
     def put(self, message: Message[Any]) -> None:
-        """Queue a message; if there is no room, the overflow policy says which one goes."""
+        """Queue a message, whether there is room or not; ``shorten`` follows."""
         self._received += 1
-        # QoS 1 and 2 are always let in: unacknowledged ones are bounded by the connection's Receive Maximum.
-        if self.full and not message.qos and self.overflow is not Overflow.BLOCK:
-            self._counters.dropped += 1
-            self._dropped += 1
-            if self.overflow is Overflow.DROP_NEWEST or not self._drop_oldest():
-                return
         self._queue.append(message)
         self._arrived.set()
 
-    def _drop_oldest(self) -> bool:
-        for index, message in enumerate(self._queue):
-            if not message.qos:
-                del self._queue[index]
-                return True
-        return False
+    def shorten(self) -> None:
+        """Apply the overflow policy to a queue that has become too long.
+
+        QoS 1 and 2 stay: unacknowledged ones are bounded by the connection's Receive Maximum.
+        """
+        excess = len(self._queue) - self.queue_messages
+        if excess <= 0 or self.overflow is Overflow.BLOCK:
+            return
+        newest = self.overflow is Overflow.DROP_NEWEST
+        kept: deque[Message[Any]] = deque()
+        for message in reversed(self._queue) if newest else self._queue:
+            if excess and not message.qos:
+                excess -= 1
+                self._dropped += 1
+                self._counters.dropped += 1
+            elif newest:
+                kept.appendleft(message)
+            else:
+                kept.append(message)
+        self._queue = kept
 
     def close(self) -> None:
         """End iteration and let go of what is queued. It is acknowledged: nobody is left who could process it, and

@@ -17,8 +17,10 @@ async def make_pair() -> tuple[PipeStream, PipeStream]:
 
 
 async def make_clogged_pair() -> tuple[PipeStream, PipeStream]:
-    await trio.lowlevel.checkpoint()
-    return open_pipe(capacity=1)
+    left, right = open_pipe(capacity=1)
+    await left.send_all(b"x")
+    await right.send_all(b"x")
+    return left, right
 
 
 async def test_keeps_the_contract_of_a_trio_stream() -> None:
@@ -40,12 +42,9 @@ async def test_sending_waits_while_the_capacity_is_used_up() -> None:
 async def test_a_capacity_of_one_hands_over_single_bytes() -> None:
     left, right = open_pipe()
     left.capacity = 1
-    got: list[bytes] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(left.send_all, b"abc")
-        for _ in range(3):
-            got.append(await right.receive_some())
-    assert got == [b"a", b"b", b"c"]
+        assert [await right.receive_some() for _ in range(3)] == [b"a", b"b", b"c"]
 
 
 async def test_raising_the_capacity_wakes_the_sender() -> None:
