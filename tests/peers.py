@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
-
-import pytest
-import trio
-import trio.testing
 
 from trio_mqtt_driver import DriverConfig, Endpoint
 from trio_mqtt_driver.testing import MemoryBroker
@@ -21,15 +16,3 @@ def memory_config(broker: MemoryBroker, **options: Any) -> DriverConfig:
         "open_stream": lambda _endpoint: broker.connect_stream(),  # pyright: ignore[reportUnknownLambdaType]
     }
     return DriverConfig(**{**defaults, **options})
-
-
-def _run_on_mock_clock(
-    main: Callable[[], Awaitable[Any]], *, clock: trio.abc.Clock | None, instruments: Sequence[trio.abc.Instrument]
-) -> Any:
-    clock = clock or trio.testing.MockClock(autojump_threshold=0)
-    return trio.run(main, clock=clock, instruments=instruments)
-
-
-on_mock_clock = pytest.mark.trio(run=_run_on_mock_clock)
-"""``pytestmark`` of a module whose tests all run in virtual time. pytest-trio takes a clock from a fixture only if the
-test names it as an argument."""

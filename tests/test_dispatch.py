@@ -9,11 +9,9 @@ import pytest
 import trio
 import trio.testing
 
-from tests.peers import memory_config, on_mock_clock
+from tests.peers import memory_config
 from trio_mqtt_driver import Message, MQTTDriver, PayloadError, RetainHandling, State
 from trio_mqtt_driver.testing import Kind, MemoryBroker, Subscribe, Unsubscribe
-
-pytestmark = on_mock_clock
 
 settled = trio.testing.wait_all_tasks_blocked
 
@@ -49,7 +47,9 @@ async def lost(driver: MQTTDriver) -> None:
     assert driver.state is not State.LIVE
 
 
-async def test_a_message_reaches_the_handlers_whose_filter_matches(broker: MemoryBroker) -> None:
+async def test_a_message_reaches_the_handlers_whose_filter_matches(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     readings: list[Message[bytes]] = []
     alarms: list[Message[bytes]] = []
     async with MQTTDriver(memory_config(broker)) as driver:
@@ -63,7 +63,9 @@ async def test_a_message_reaches_the_handlers_whose_filter_matches(broker: Memor
         assert readings[0].payload == readings[0].value == b"sensors/a/temperature"
 
 
-async def test_the_handler_gets_its_message_class(broker: MemoryBroker) -> None:
+async def test_the_handler_gets_its_message_class(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     got: dict[str, object] = {}
 
     async def reading(message: Message[Reading]) -> None:
@@ -86,7 +88,9 @@ async def test_the_handler_gets_its_message_class(broker: MemoryBroker) -> None:
     assert got == {"attrs": Reading(20.5), "dict": {"a": [1, 2]}, "str": "süß", "bytes": b"\xff"}
 
 
-async def test_two_message_classes_on_one_filter_each_get_what_fits(broker: MemoryBroker) -> None:
+async def test_two_message_classes_on_one_filter_each_get_what_fits(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     readings: list[Message[Reading]] = []
     alarms: list[Message[Alarm]] = []
     raw: list[Message[bytes]] = []
@@ -105,6 +109,7 @@ async def test_two_message_classes_on_one_filter_each_get_what_fits(broker: Memo
 
 
 async def test_a_payload_that_fits_no_class_is_a_dead_letter_and_the_next_one_is_delivered(
+    autojump_clock: trio.testing.MockClock,
     broker: MemoryBroker,
 ) -> None:
     readings: list[Message[Reading]] = []
@@ -128,7 +133,7 @@ async def test_a_payload_that_fits_no_class_is_a_dead_letter_and_the_next_one_is
 
 
 async def test_a_dead_letter_without_a_handler_for_it_is_logged(
-    broker: MemoryBroker, caplog: pytest.LogCaptureFixture
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with MQTTDriver(memory_config(broker)) as driver, driver.subscription("r", Reading) as readings:
         broker.publish("r", b"no")
@@ -138,7 +143,9 @@ async def test_a_dead_letter_without_a_handler_for_it_is_logged(
     assert "dead letter on 'r': payload is not a valid Reading" in caplog.text
 
 
-async def test_an_exception_in_a_dead_letter_handler_is_treated_as_one_of_the_handler(broker: MemoryBroker) -> None:
+async def test_an_exception_in_a_dead_letter_handler_is_treated_as_one_of_the_handler(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     readings: list[Message[Reading]] = []
 
     def dead_letter(message: Message[Any], error: PayloadError) -> None:
@@ -153,7 +160,9 @@ async def test_an_exception_in_a_dead_letter_handler_is_treated_as_one_of_the_ha
         assert subscription.statistics().handler_errors == 1
 
 
-async def test_a_message_fans_out_to_every_matching_subscription_once(broker: MemoryBroker) -> None:
+async def test_a_message_fans_out_to_every_matching_subscription_once(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     first: list[Message[bytes]] = []
     second: list[Message[bytes]] = []
     third: list[Message[bytes]] = []
@@ -172,7 +181,7 @@ async def test_a_message_fans_out_to_every_matching_subscription_once(broker: Me
 @pytest.mark.parametrize("overlapping", ["once", "copies"])
 @pytest.mark.parametrize("qos", [0, 1, 2])
 async def test_overlapping_filters_each_get_a_message_once_however_many_copies_the_broker_sends(
-    nursery: trio.Nursery, overlapping: Literal["once", "copies"], qos: int
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, overlapping: Literal["once", "copies"], qos: int
 ) -> None:
     broker = MemoryBroker(nursery, overlapping=overlapping)
     got: dict[str, list[bytes]] = {}
@@ -198,7 +207,9 @@ async def test_overlapping_filters_each_get_a_message_once_however_many_copies_t
         assert driver.status().unacknowledged == 0
 
 
-async def test_copies_without_identifiers_reach_each_subscription_once_too(nursery: trio.Nursery) -> None:
+async def test_copies_without_identifiers_reach_each_subscription_once_too(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
     broker = MemoryBroker(nursery, overlapping="copies", versions=(4,))
     got: dict[str, list[bytes]] = {"a/#": [], "a/+": [], "#": []}
     async with MQTTDriver(memory_config(broker)) as driver:
@@ -211,7 +222,9 @@ async def test_copies_without_identifiers_reach_each_subscription_once_too(nurse
         assert driver.status().unacknowledged == 0
 
 
-async def test_without_identifiers_at_the_broker_one_copy_still_fans_out(nursery: trio.Nursery) -> None:
+async def test_without_identifiers_at_the_broker_one_copy_still_fans_out(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
     broker = MemoryBroker(nursery, identifiers_available=False)
     got: list[str] = []
     async with MQTTDriver(memory_config(broker)) as driver:
@@ -222,7 +235,9 @@ async def test_without_identifiers_at_the_broker_one_copy_still_fans_out(nursery
         assert sorted(got) == ["a/#", "a/+"]
 
 
-async def test_an_identifier_of_the_applications_own_comes_back_in_the_properties(broker: MemoryBroker) -> None:
+async def test_an_identifier_of_the_applications_own_comes_back_in_the_properties(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     async with (
         MQTTDriver(memory_config(broker)) as driver,
         driver.subscription("a/#", identifier=5000) as mine,
@@ -233,7 +248,9 @@ async def test_an_identifier_of_the_applications_own_comes_back_in_the_propertie
         assert (await other.receive()).payload == b"1"
 
 
-async def test_shared_subscriptions_are_routed_by_the_filter_inside(nursery: trio.Nursery) -> None:
+async def test_shared_subscriptions_are_routed_by_the_filter_inside(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
     broker = MemoryBroker(nursery)
     shared: list[Message[bytes]] = []
     other: list[Message[bytes]] = []
@@ -248,7 +265,9 @@ async def test_shared_subscriptions_are_routed_by_the_filter_inside(nursery: tri
         assert broker.subscriptions(driver.client_id or "").keys() == {"other/#"}
 
 
-async def test_a_shared_and_a_plain_subscription_of_one_filter_get_a_message_once_each(broker: MemoryBroker) -> None:
+async def test_a_shared_and_a_plain_subscription_of_one_filter_get_a_message_once_each(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     got: list[str] = []
     async with MQTTDriver(memory_config(broker)) as driver:
         await driver.subscribe("$share/g/jobs/#", lambda _message: got.append("shared"), qos=1)
@@ -258,7 +277,9 @@ async def test_a_shared_and_a_plain_subscription_of_one_filter_get_a_message_onc
         assert sorted(got) == ["plain", "shared"]
 
 
-async def test_wildcards_do_not_match_topics_that_begin_with_a_dollar(broker: MemoryBroker) -> None:
+async def test_wildcards_do_not_match_topics_that_begin_with_a_dollar(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     got: dict[str, list[str]] = {"#": [], "+/uptime": [], "$SYS/#": []}
     async with MQTTDriver(memory_config(broker)) as driver:
         for topic_filter, seen in got.items():
@@ -270,6 +291,7 @@ async def test_wildcards_do_not_match_topics_that_begin_with_a_dollar(broker: Me
 
 
 async def test_subscribers_of_one_filter_share_a_broker_subscription_until_the_last_one_leaves(
+    autojump_clock: trio.testing.MockClock,
     broker: MemoryBroker,
 ) -> None:
     got: list[str] = []
@@ -288,7 +310,9 @@ async def test_subscribers_of_one_filter_share_a_broker_subscription_until_the_l
         assert sum(isinstance(packet, Unsubscribe) for _, packet in broker.received) == 1
 
 
-async def test_unsubscribing_by_filter_ends_all_its_handlers_and_no_iterator(broker: MemoryBroker) -> None:
+async def test_unsubscribing_by_filter_ends_all_its_handlers_and_no_iterator(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     got: list[Message[bytes]] = []
     async with MQTTDriver(memory_config(broker)) as driver, driver.subscription("a") as messages:
         await driver.subscribe("a", got.append)
@@ -301,7 +325,9 @@ async def test_unsubscribing_by_filter_ends_all_its_handlers_and_no_iterator(bro
             await driver.unsubscribe("a")
 
 
-async def test_a_subscription_that_comes_after_its_topic_was_seen_gets_the_next_message(broker: MemoryBroker) -> None:
+async def test_a_subscription_that_comes_after_its_topic_was_seen_gets_the_next_message(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     got: list[str] = []
     async with MQTTDriver(memory_config(broker)) as driver:
         await driver.subscribe("a/#", lambda _message: got.append("a/#"))
@@ -316,7 +342,9 @@ async def test_a_subscription_that_comes_after_its_topic_was_seen_gets_the_next_
         assert sorted(got) == ["a/#", "a/#", "a/#", "a/b"]
 
 
-async def test_a_message_for_nobody_is_counted_and_acknowledged(broker: MemoryBroker) -> None:
+async def test_a_message_for_nobody_is_counted_and_acknowledged(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     async with MQTTDriver(memory_config(broker)) as driver:
         subscription = await driver.subscribe("a", lambda _message: None, qos=1)
         with broker.faults.hold(Kind.UNSUBSCRIBE):
@@ -330,7 +358,9 @@ async def test_a_message_for_nobody_is_counted_and_acknowledged(broker: MemoryBr
                 broker.faults.clear()
 
 
-async def test_messages_that_arrive_before_the_suback_are_delivered(broker: MemoryBroker) -> None:
+async def test_messages_that_arrive_before_the_suback_are_delivered(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     broker.publish("a/old", b"retained", retain=True)
     got: list[Message[bytes]] = []
     async with MQTTDriver(memory_config(broker)) as driver:
@@ -346,7 +376,9 @@ async def test_messages_that_arrive_before_the_suback_are_delivered(broker: Memo
         assert subscribed(broker) == ["a/#"]
 
 
-async def test_retained_messages_are_marked_and_repetitions_after_a_replay_too(broker: MemoryBroker) -> None:
+async def test_retained_messages_are_marked_and_repetitions_after_a_replay_too(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     broker.publish("a", b"old", retain=True)
     got: list[tuple[bytes, bool, bool, int]] = []
     async with MQTTDriver(memory_config(broker)) as driver:
@@ -368,7 +400,9 @@ async def test_retained_messages_are_marked_and_repetitions_after_a_replay_too(b
     ]
 
 
-async def test_a_second_local_subscriber_gets_the_retained_message_as_well(broker: MemoryBroker) -> None:
+async def test_a_second_local_subscriber_gets_the_retained_message_as_well(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     broker.publish("a", b"old", retain=True)
     async with MQTTDriver(memory_config(broker)) as driver, driver.subscription("a") as first:
         assert (await first.receive()).payload == b"old"
@@ -376,7 +410,9 @@ async def test_a_second_local_subscriber_gets_the_retained_message_as_well(broke
             assert (await second.receive()).payload == b"old"
 
 
-async def test_subscription_options_reach_the_broker_again_at_the_replay(broker: MemoryBroker) -> None:
+async def test_subscription_options_reach_the_broker_again_at_the_replay(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
     async with (
         MQTTDriver(memory_config(broker)) as driver,
         driver.subscription(

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from trio_mqtt_driver import DriverConfig, Endpoint, MQTTDriver, ReasonCode, RefusedError
 from trio_mqtt_driver.testing import Connack, encode
@@ -38,7 +39,9 @@ class AnsweringStream(trio.abc.Stream):
 
 
 @pytest.mark.parametrize("version, protocol", [(5, "5"), (4, "3.1.1")])
-async def test_a_refusal_followed_by_eof_is_a_refusal(version: int, protocol: Literal["5", "3.1.1"]) -> None:
+async def test_a_refusal_followed_by_eof_is_a_refusal(
+    autojump_clock: MockClock, version: int, protocol: Literal["5", "3.1.1"]
+) -> None:
     code = ReasonCode.BAD_USER_NAME_OR_PASSWORD if version == 5 else 4
     attempts = 0
 
@@ -52,8 +55,9 @@ async def test_a_refusal_followed_by_eof_is_a_refusal(version: int, protocol: Li
     config = DriverConfig(
         endpoint=Endpoint(host="memory", port=1883), open_stream=open_stream, protocol=protocol, client_id="refused"
     )
-    with pytest.raises(RefusedError) as caught:
+    with trio.fail_after(60), pytest.raises(RefusedError) as caught:
         async with MQTTDriver(config):
             raise AssertionError("entered")
     assert caught.value.reason_code is ReasonCode.BAD_USER_NAME_OR_PASSWORD
     assert attempts == 1
+    assert autojump_clock.current_time() < 1

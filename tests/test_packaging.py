@@ -13,7 +13,9 @@ import pytest
 import trio_mqtt_driver
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = sorted(name for name in vars(trio_mqtt_driver) if not name.startswith("_") and name != "annotations")
+PUBLIC = sorted(
+    name for name, value in vars(trio_mqtt_driver).items() if not name.startswith("_") and not inspect.ismodule(value)
+)
 
 
 def read(name: str) -> str:

@@ -228,9 +228,14 @@ class Dispatcher:
                 if isinstance(outcome, Awaitable):
                     await outcome
             except Exception as exc:
-                # The policy for other people's bugs. Cancellation is no Exception and passes.
-                subscription.handler_failed()
+                self.failed(subscription, message, exc)
                 if self._on_handler_error is not None:
-                    self._on_handler_error(exc)
                     return
-                logger.exception("handler of %r failed on %r", subscription.topic_filter, message)
+
+    def failed(self, subscription: Subscription[Any], message: Message[Any], error: Exception) -> None:
+        """The policy for other people's bugs, in handlers of messages and of dead letters. Cancellation is none."""
+        subscription.handler_failed()
+        if self._on_handler_error is not None:
+            self._on_handler_error(error)
+        else:
+            logger.error("handler of %r failed on %r", subscription.topic_filter, message, exc_info=error)

@@ -356,6 +356,7 @@ class MQTTDriver:
             queue_messages=queue_messages,
             counters=self._history.counters,
             changed=self._dispatcher.changed,
+            failed=self._dispatcher.failed,
         )
         subscription_options = SubscriptionOptions(**arguments)
         await trio.lowlevel.checkpoint_if_cancelled()

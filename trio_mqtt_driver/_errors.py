@@ -112,8 +112,10 @@ class PublishRefusedError(PublishError):
 
     def __init__(self, message: str, reason_code: ReasonCode) -> None:
         super().__init__(message)
-        self.args = (message, reason_code)
         self.reason_code = reason_code
+
+    def __reduce__(self) -> tuple[type[PublishRefusedError], tuple[str, ReasonCode]]:
+        return type(self), (str(self.args[0]), self.reason_code)
 
 
 class PublishTimeoutError(PublishError):

@@ -71,7 +71,7 @@ class Lifespan:
             self._services.cancel(reason="the driver is left")
         error = self._error
         if body_error is not None:
-            if error is not None:
+            if error is not None and error is not body_error:
                 logger.error("the driver had stopped before the body raised", exc_info=error)
             raise body_error
         if error is not None:

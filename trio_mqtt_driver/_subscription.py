@@ -69,6 +69,7 @@ class Subscription(Generic[T]):
         queue_messages: int,
         counters: Counters,
         changed: Callable[[Subscription[Any]], None],
+        failed: Callable[[Subscription[Any], Message[Any], Exception], None],
     ) -> None:
         self.topic_filter = topic_filter
         self.overflow = overflow
@@ -80,6 +81,7 @@ class Subscription(Generic[T]):
         self._on_dead_letter = on_dead_letter
         self._counters = counters
         self._changed = changed
+        self._failed = failed
         self._queue: deque[Message[Any]] = deque()
         self._arrived = trio.Event()
         self._handed_out: Message[T] | None = None
@@ -233,6 +235,8 @@ class Subscription(Generic[T]):
             outcome = self._on_dead_letter(message, error)
             if isinstance(outcome, Awaitable):
                 await outcome
+        except Exception as exc:  # noqa: BLE001  # by policy: one bad payload must not end the subscription
+            self._failed(self, message, exc)
         finally:
             message._done()  # pyright: ignore[reportPrivateUsage]
 

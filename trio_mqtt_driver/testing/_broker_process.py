@@ -73,7 +73,7 @@ class BrokerProcess(abc.ABC):
 
     def __init__(self, *, tls: TLSFiles | None = None, users: Mapping[str, str] | None = None) -> None:
         self.tls = tls
-        self.users = dict(users) if users is not None else None
+        self.users: dict[str, str] | None = dict(users) if users is not None else None
         self.host = HOST
         self._port = 0
         self._directory: Path | None = None

@@ -55,14 +55,14 @@ class FaultProxy:
 
     def __init__(self, nursery: trio.Nursery, port: int, host: str = HOST) -> None:
         self.host = HOST
-        self.port = free_port()
-        self.delay = 0.0
+        self.port: int = free_port()
+        self.delay: float = 0.0
         """Seconds by which every piece of data is late, in each direction."""
         self.byte_by_byte = False
         """Pass every byte on its own."""
-        self.accepted = 0
+        self.accepted: int = 0
         """Connections so far."""
-        self.passed = {Direction.IN: 0, Direction.OUT: 0}
+        self.passed: dict[Direction, int] = {Direction.IN: 0, Direction.OUT: 0}
         """Bytes that were passed on, from the client and from the broker."""
         self._nursery = nursery
         self._target = (host, port)

@@ -62,6 +62,7 @@ class Link:
         self._wake = trio.Event()
         self._drained = trio.Event()
         self._reading = trio.CancelScope()
+        self._watching = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._heard = 0.0
         self._closed = False
@@ -99,6 +100,8 @@ class Link:
             if reset:
                 reset_stream(self._stream)
         self._reading.cancel(reason="the memory broker closed this connection")
+        # Or the end of the keep alive would be waited for before the peer gets its EOF.
+        self._watching.cancel(reason="the memory broker closed this connection")
         self._wake.set()
         self._drained.set()
         self._handler.closed()
@@ -231,14 +234,16 @@ class Link:
 
     async def _watch(self, limit: float) -> None:
         """Close the connection when nothing came for ``limit`` seconds [MQTT-3.1.2-22]."""
-        while not self._closed:
-            await trio.sleep_until(self._heard + limit)
-            if self._closed or self.silent:
-                return
-            if not self._faults.reading:
-                # What we did not read cannot be held against the client.
-                await self._faults.wait_reading()
-                self._heard = trio.current_time()
-            elif trio.current_time() >= self._heard + limit:
-                self._handler.timed_out()
-                self.close()
+        await trio.lowlevel.checkpoint()
+        with self._watching:
+            while not self._closed:
+                await trio.sleep_until(self._heard + limit)
+                if self._closed or self.silent:
+                    return
+                if not self._faults.reading:
+                    # What we did not read cannot be held against the client.
+                    await self._faults.wait_reading()
+                    self._heard = trio.current_time()
+                elif trio.current_time() >= self._heard + limit:
+                    self._handler.timed_out()
+                    self.close()

@@ -78,7 +78,7 @@ class MemoryBroker:
         buffer_bytes: int = 64 * 2**20,
         history: int = 10_000,
     ) -> None:
-        self.options = BrokerOptions(
+        self.options: BrokerOptions = BrokerOptions(
             versions=tuple(versions),
             users=users,
             authenticate=authenticate,
@@ -99,7 +99,7 @@ class MemoryBroker:
             buffer_bytes=buffer_bytes,
         )
         """May be changed while the broker runs; the next CONNECT sees it."""
-        self.down = False
+        self.down: bool = False
         """While True, new connections are refused. Those that are up stay up: see :meth:`stop`."""
         self._nursery = nursery
         self._state = BrokerState(nursery, self.options, history)

@@ -18,12 +18,12 @@ class _Direction:
     __slots__ = ("capacity", "data", "ended", "lot", "receiving", "sending")
 
     def __init__(self, capacity: float) -> None:
-        self.capacity = capacity
-        self.data = bytearray()
-        self.ended = False
-        self.sending = False
-        self.receiving = False
-        self.lot = trio.lowlevel.ParkingLot()
+        self.capacity: int = capacity
+        self.data: bytearray = bytearray()
+        self.ended: bool = False
+        self.sending: bool = False
+        self.receiving: bool = False
+        self.lot: trio.lowlevel.ParkingLot = trio.lowlevel.ParkingLot()
 
 
 class PipeStream(trio.abc.Stream):

@@ -173,7 +173,7 @@ class Decoder:
     ) -> None:
         if not server and version not in (4, 5):
             raise ValueError(f"version must be 4 or 5 for a client's decoder, not {version}")
-        self.version = version
+        self.version: int = version
         self.maximum_packet_size = maximum_packet_size
         self._server = server
         self._buffer = bytearray()
