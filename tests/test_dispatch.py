@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import attrs
@@ -41,6 +42,14 @@ def subscribed(broker: MemoryBroker) -> list[str]:
     return [request.topic_filter for packet in packets for request in packet.requests]
 
 
+def payloads_to(payloads: list[bytes]) -> Callable[[Message[Any]], None]:
+    return lambda message: payloads.append(message.payload)
+
+
+def topics_to(names: list[str]) -> Callable[[Message[Any]], None]:
+    return lambda message: names.append(message.topic)
+
+
 async def lost(driver: MQTTDriver) -> None:
     """Return when the driver has noticed that its link is gone."""
     await settled()
@@ -72,8 +81,11 @@ async def test_the_handler_gets_its_message_class(
         await trio.lowlevel.checkpoint()
         got["attrs"] = message.value
 
-    def keep(name: str) -> Any:
-        return lambda message: got.__setitem__(name, message.value)  # pyright: ignore[reportUnknownLambdaType]
+    def keep(name: str) -> Callable[[Message[Any]], None]:
+        def handler(message: Message[Any]) -> None:
+            got[name] = message.value
+
+        return handler
 
     async with MQTTDriver(memory_config(broker)) as driver:
         await driver.subscribe("t", reading, Reading)
@@ -189,7 +201,7 @@ async def test_overlapping_filters_each_get_a_message_once_however_many_copies_t
     async with MQTTDriver(memory_config(broker)) as driver:
         for topic_filter in filters:
             payloads = got[topic_filter] = []
-            await driver.subscribe(topic_filter, lambda message, to=payloads: to.append(message.payload), qos=qos)
+            await driver.subscribe(topic_filter, payloads_to(payloads), qos=qos)
         broker.forget()
         broker.publish("a/b", b"1", qos=qos)
         broker.publish("a", b"2", qos=qos)
@@ -214,7 +226,7 @@ async def test_copies_without_identifiers_reach_each_subscription_once_too(
     got: dict[str, list[bytes]] = {"a/#": [], "a/+": [], "#": []}
     async with MQTTDriver(memory_config(broker)) as driver:
         for topic_filter, payloads in got.items():
-            await driver.subscribe(topic_filter, lambda message, to=payloads: to.append(message.payload), qos=1)
+            await driver.subscribe(topic_filter, payloads_to(payloads), qos=1)
         for payload in (b"1", b"2", b"2", b"3"):
             broker.publish("a/b", payload, qos=1)
         await settled()
@@ -283,7 +295,7 @@ async def test_wildcards_do_not_match_topics_that_begin_with_a_dollar(
     got: dict[str, list[str]] = {"#": [], "+/uptime": [], "$SYS/#": []}
     async with MQTTDriver(memory_config(broker)) as driver:
         for topic_filter, seen in got.items():
-            await driver.subscribe(topic_filter, lambda message, to=seen: to.append(message.topic))
+            await driver.subscribe(topic_filter, topics_to(seen))
         broker.publish("$SYS/uptime", b"1")
         broker.publish("x/uptime", b"2")
         await settled()

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from trio.testing import MockClock
 
 from tests.dialing import Dialer
-from tests.peers import memory_config, on_mock_clock
+from tests.peers import memory_config
 from trio_mqtt_driver import DriverConfig, MQTTDriver, State
 from trio_mqtt_driver.testing import Connect, Direction, Kind, MemoryBroker, Publish, Subscribe
-
-pytestmark = on_mock_clock
 
 settled = trio.testing.wait_all_tasks_blocked
 
@@ -56,7 +55,7 @@ async def reconnected(driver: MQTTDriver, generation: int) -> None:
     assert driver.generation == generation
 
 
-async def test_each_connection_has_an_id_of_its_own(broker: MemoryBroker) -> None:
+async def test_each_connection_has_an_id_of_its_own(broker: MemoryBroker, autojump_clock: MockClock) -> None:
     async with MQTTDriver(config_for(broker, client_id="kitchen")) as driver:
         assert driver.client_id == f"kitchen_{EPOCH}000"
         for generation in range(2, 6):
@@ -70,7 +69,7 @@ async def test_each_connection_has_an_id_of_its_own(broker: MemoryBroker) -> Non
     assert not broker.violations
 
 
-async def test_an_attempt_that_failed_has_used_up_its_id(broker: MemoryBroker) -> None:
+async def test_an_attempt_that_failed_has_used_up_its_id(broker: MemoryBroker, autojump_clock: MockClock) -> None:
     broker.faults.refuse_connect(0x88, times=2)
     async with MQTTDriver(config_for(broker)) as driver:
         first = client_ids(broker)
@@ -84,7 +83,7 @@ async def test_an_attempt_that_failed_has_used_up_its_id(broker: MemoryBroker) -
     assert all(one.startswith("driver_reconnect_17") for one in client_ids(broker)[3:])
 
 
-async def test_a_wall_clock_that_goes_backwards_repeats_no_id(broker: MemoryBroker) -> None:
+async def test_a_wall_clock_that_goes_backwards_repeats_no_id(broker: MemoryBroker, autojump_clock: MockClock) -> None:
     wall = 5000.0
     async with MQTTDriver(config_for(broker, wall_clock=lambda: wall)) as driver:
         for generation, now in enumerate((5000.0, 4000.0, 4000.0, 5000.002, 6000.0), start=2):
@@ -102,7 +101,7 @@ async def test_a_wall_clock_that_goes_backwards_repeats_no_id(broker: MemoryBrok
     ]
 
 
-async def test_changing_the_base_there_and_back_repeats_no_id(broker: MemoryBroker) -> None:
+async def test_changing_the_base_there_and_back_repeats_no_id(broker: MemoryBroker, autojump_clock: MockClock) -> None:
     config = config_for(broker, client_id="a", wall_clock=lambda: 1.0)
     async with MQTTDriver(config) as driver:
         for generation, base in enumerate("babab", start=2):
@@ -111,7 +110,7 @@ async def test_changing_the_base_there_and_back_repeats_no_id(broker: MemoryBrok
     assert len(set(client_ids(broker))) == 6
 
 
-async def test_the_client_id_can_come_from_a_function(broker: MemoryBroker) -> None:
+async def test_the_client_id_can_come_from_a_function(broker: MemoryBroker, autojump_clock: MockClock) -> None:
     asked: list[tuple[str, int, float]] = []
 
     def make(base: str, generation: int, now: float) -> str:
@@ -126,7 +125,9 @@ async def test_the_client_id_can_come_from_a_function(broker: MemoryBroker) -> N
     assert asked == [("driver", 1, EPOCH), ("driver", 2, EPOCH + 100)]
 
 
-async def test_a_function_that_returns_an_id_twice_is_a_failed_attempt_and_no_connection(broker: MemoryBroker) -> None:
+async def test_an_id_that_a_function_returns_twice_is_a_failed_attempt(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
     ids = iter(["x", "x", "y"])
     config = config_for(broker, client_id_factory=lambda *_: next(ids))
     async with MQTTDriver(config) as driver:
@@ -137,7 +138,7 @@ async def test_a_function_that_returns_an_id_twice_is_a_failed_attempt_and_no_co
     assert client_ids(broker) == ["x", "y"]
 
 
-async def test_nothing_of_the_old_client_is_used_again(broker: MemoryBroker) -> None:
+async def test_nothing_of_the_old_client_is_used_again(broker: MemoryBroker, autojump_clock: MockClock) -> None:
     async with MQTTDriver(config_for(broker)) as driver:
         old = driver._supervisor.connection
         await trio.sleep(100)
@@ -153,7 +154,9 @@ async def test_nothing_of_the_old_client_is_used_again(broker: MemoryBroker) -> 
         assert new._ids is not old._ids
 
 
-async def test_the_old_stream_is_closed_before_the_new_one_is_opened(broker: MemoryBroker, dialer: Dialer) -> None:
+async def test_the_old_stream_is_closed_before_the_new_one_is_opened(
+    broker: MemoryBroker, dialer: Dialer, autojump_clock: MockClock
+) -> None:
     async with MQTTDriver(config_for(broker, open_stream=dialer)) as driver:
         await trio.sleep(100)
         broker.silence()
@@ -165,7 +168,9 @@ async def test_the_old_stream_is_closed_before_the_new_one_is_opened(broker: Mem
     assert dialer.order[-1] == ("close", 3)
 
 
-async def test_the_child_scope_is_empty_before_the_old_stream_is_closed(broker: MemoryBroker, dialer: Dialer) -> None:
+async def test_the_child_scope_is_empty_before_the_old_stream_is_closed(
+    broker: MemoryBroker, dialer: Dialer, autojump_clock: MockClock
+) -> None:
     """Otherwise a task of the old connection could write to, or fail on, a stream that is gone."""
     async with MQTTDriver(config_for(broker, open_stream=dialer)) as driver:
         await trio.sleep(100)
@@ -180,7 +185,9 @@ async def test_the_child_scope_is_empty_before_the_old_stream_is_closed(broker: 
         assert left == [0]
 
 
-async def test_the_order_on_the_wire_is_connect_probe_subscriptions_outbox(broker: MemoryBroker) -> None:
+async def test_the_order_on_the_wire_is_connect_probe_subscriptions_outbox(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
     async with MQTTDriver(config_for(broker)) as driver:
         await driver.subscribe("a", lambda _: None, qos=1)
         await driver.subscribe("b", lambda _: None)
@@ -213,7 +220,9 @@ async def test_the_order_on_the_wire_is_connect_probe_subscriptions_outbox(broke
 
 
 @pytest.mark.parametrize("version", [4, 5])
-async def test_no_step_begins_before_the_one_before_is_answered(broker: MemoryBroker, version: int) -> None:
+async def test_no_step_begins_before_the_one_before_is_answered(
+    broker: MemoryBroker, version: int, autojump_clock: MockClock
+) -> None:
     broker.options.versions = (version,)
     async with MQTTDriver(config_for(broker, protocol="5" if version == 5 else "3.1.1")) as driver:
         await driver.subscribe("a", lambda _: None)
@@ -241,7 +250,9 @@ async def test_no_step_begins_before_the_one_before_is_answered(broker: MemoryBr
         assert kinds(broker, str(driver.client_id)) == sent
 
 
-async def test_a_new_subscription_waits_its_turn_while_the_link_is_validated(broker: MemoryBroker) -> None:
+async def test_a_new_subscription_waits_its_turn_while_the_link_is_validated(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
     with broker.faults.hold(Kind.PUBACK) as hold:
         async with MQTTDriver(config_for(broker), start="background") as driver, trio.open_nursery() as nursery:
             nursery.start_soon(driver.subscribe, "a", print)
@@ -276,7 +287,9 @@ def reset(broker: MemoryBroker) -> str:
 
 
 @pytest.mark.parametrize("fault", [unanswered, refused, lost, reset])
-async def test_a_test_publish_that_fails_is_a_failed_attempt(broker: MemoryBroker, dialer: Dialer, fault: Any) -> None:
+async def test_a_test_publish_that_fails_is_a_failed_attempt(
+    broker: MemoryBroker, dialer: Dialer, fault: Any, autojump_clock: MockClock
+) -> None:
     async with MQTTDriver(config_for(broker, open_stream=dialer)) as driver:
         await driver.subscribe("a", lambda _: None)
         await trio.sleep(100)
@@ -300,7 +313,9 @@ async def test_a_test_publish_that_fails_is_a_failed_attempt(broker: MemoryBroke
     assert ("close", 2) in dialer.order[:4]
 
 
-async def test_a_refused_test_publish_is_reported_as_not_authorised_with_advice(broker: MemoryBroker) -> None:
+async def test_a_refused_test_publish_is_reported_as_not_authorised_with_advice(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
     broker.faults.refuse_publish(PROBES, times=1)
     async with MQTTDriver(config_for(broker)) as driver:
         error = str(driver.status().last_error)
@@ -309,7 +324,9 @@ async def test_a_refused_test_publish_is_reported_as_not_authorised_with_advice(
     assert "probe='ping'" in error
 
 
-async def test_the_probe_has_its_own_deadline_and_not_that_of_publishes(broker: MemoryBroker) -> None:
+async def test_the_probe_has_its_own_deadline_and_not_that_of_publishes(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
     broker.faults.drop(Kind.PUBACK, times=1)
     async with MQTTDriver(config_for(broker, probe_timeout=20, ack_timeout=1)) as driver:
         failed = next(event for event in driver.status().history if event.error is not None)
@@ -317,14 +334,16 @@ async def test_the_probe_has_its_own_deadline_and_not_that_of_publishes(broker: 
     assert failed.at == 20
 
 
-async def test_the_probe_topic_can_be_chosen(broker: MemoryBroker) -> None:
+async def test_the_probe_topic_can_be_chosen(broker: MemoryBroker, autojump_clock: MockClock) -> None:
     config = config_for(broker, probe_topic="health/{base}/{client_id}", client_id="a/b+c")
     async with MQTTDriver(config):
         pass
     assert [message.topic for message in broker.published] == [f"health/a_b_c/a_b_c_{EPOCH}000"]
 
 
-async def test_the_echo_probe_waits_for_its_own_message_and_leaves_no_subscription(broker: MemoryBroker) -> None:
+async def test_the_echo_probe_waits_for_its_own_message_and_leaves_no_subscription(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
     async with MQTTDriver(config_for(broker, probe="echo")) as driver:
         assert kinds(broker, str(driver.client_id)) == [
             Kind.CONNECT,
@@ -337,7 +356,7 @@ async def test_the_echo_probe_waits_for_its_own_message_and_leaves_no_subscripti
         assert driver.status().counters["unrouted"] == 0
 
 
-async def test_an_echo_that_does_not_come_is_a_failed_attempt(broker: MemoryBroker) -> None:
+async def test_an_echo_that_does_not_come_is_a_failed_attempt(broker: MemoryBroker, autojump_clock: MockClock) -> None:
     broker.faults.drop(Kind.PUBLISH, times=1)
     async with MQTTDriver(config_for(broker, probe="echo")) as driver:
         status = driver.status()
@@ -346,7 +365,9 @@ async def test_an_echo_that_does_not_come_is_a_failed_attempt(broker: MemoryBrok
     assert len(broker.connects) == 2
 
 
-async def test_an_echo_subscription_that_is_refused_is_a_failed_attempt_with_advice(broker: MemoryBroker) -> None:
+async def test_an_echo_subscription_that_is_refused_is_a_failed_attempt_with_advice(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
     topic = f"trio_mqtt_driver/probe/driver_{EPOCH}000"
     broker.faults.refuse_subscribe(topic, times=1)
     async with MQTTDriver(config_for(broker, probe="echo")) as driver:
@@ -355,14 +376,16 @@ async def test_an_echo_subscription_that_is_refused_is_a_failed_attempt_with_adv
     assert "probe='ping'" in error
 
 
-async def test_the_ping_probe_publishes_nothing(broker: MemoryBroker) -> None:
+async def test_the_ping_probe_publishes_nothing(broker: MemoryBroker, autojump_clock: MockClock) -> None:
     async with MQTTDriver(config_for(broker, probe="ping")) as driver:
         assert kinds(broker, str(driver.client_id)) == [Kind.CONNECT, Kind.PINGREQ]
     assert not broker.published
 
 
 @pytest.mark.parametrize("ping_timeout", [10, 5, 1])
-async def test_a_ping_probe_without_an_answer_is_a_failed_attempt(broker: MemoryBroker, ping_timeout: float) -> None:
+async def test_a_ping_probe_without_an_answer_is_a_failed_attempt(
+    broker: MemoryBroker, ping_timeout: float, autojump_clock: MockClock
+) -> None:
     broker.faults.drop(Kind.PINGRESP, times=1)
     async with MQTTDriver(config_for(broker, probe="ping", ping_timeout=ping_timeout)) as driver:
         error = str(driver.status().last_error)
@@ -370,14 +393,18 @@ async def test_a_ping_probe_without_an_answer_is_a_failed_attempt(broker: Memory
 
 
 @pytest.mark.parametrize("probe", ["publish", "echo"])
-async def test_a_broker_without_qos_1_is_probed_by_ping(nursery: trio.Nursery, probe: str) -> None:
+async def test_a_broker_without_qos_1_is_probed_by_ping(
+    nursery: trio.Nursery, probe: str, autojump_clock: MockClock
+) -> None:
     broker = MemoryBroker(nursery, maximum_qos=0)
     async with MQTTDriver(config_for(broker, probe=probe)) as driver:
         assert kinds(broker, str(driver.client_id)) == [Kind.CONNECT, Kind.PINGREQ]
     assert not broker.violations
 
 
-async def test_the_connect_packet_is_the_first_of_each_connection(broker: MemoryBroker) -> None:
+async def test_the_connect_packet_is_the_first_of_each_connection(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
     async with MQTTDriver(config_for(broker)) as driver:
         for generation in (2, 3):
             driver.publish_nowait("a", qos=1)

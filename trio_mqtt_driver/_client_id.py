@@ -37,19 +37,25 @@ class ClientIds:
     :param clock: the wall clock, in seconds since the epoch.
     :param scheme: replaces the default; called with the base, the generation and the time in seconds, which rises
         with each call. It must return another ID each time.
+    :param previous: whose work this one carries on, after the base or the scheme has changed.
     :raises TypeError: ``base`` is not a str.
     :raises ValueError: ``base`` cannot be in a client ID.
     """
 
     def __init__(
-        self, base: str, clock: Callable[[], float], scheme: Callable[[str, int, float], str] | None = None
+        self,
+        base: str,
+        clock: Callable[[], float],
+        scheme: Callable[[str, int, float], str] | None = None,
+        *,
+        previous: ClientIds | None = None,
     ) -> None:
         _check(base, "client_id", _MAXIMUM_LENGTH - (_SUFFIX_LENGTH if scheme is None else 0))
         self._base = base
         self._clock = clock
         self._scheme = scheme
-        self._last_ms = 0
-        self._recent: deque[str] = deque(maxlen=_REMEMBERED)
+        self._last_ms = 0 if previous is None else previous._last_ms
+        self._recent: deque[str] = deque(() if previous is None else previous._recent, maxlen=_REMEMBERED)
 
     def make(self, generation: int) -> str:
         """Return a new client ID for the connection number ``generation`` (1 is the first).

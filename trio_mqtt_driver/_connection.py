@@ -276,6 +276,8 @@ class Connection:
     def start_refill(self) -> None:
         """From now on what waits in the outbox goes out; not before the subscriptions are replayed."""
         self._refilling = True
+        self._deadlines.live = True
+        self._expect_by(trio.current_time())
         self.refill()
 
     def refill(self) -> None:
@@ -319,7 +321,7 @@ class Connection:
         self._wake_writer.set()
 
     async def _write_loop(self) -> None:
-        while True:
+        while True:  # noqa: ASYNC913  # it waits for data, or sends some: there are no empty writes
             if not self._buffer:
                 self._wake_writer = trio.Event()
                 await self._wake_writer.wait()
@@ -343,7 +345,7 @@ class Connection:
     # -- the reader ---------------------------------------------------------------------------------------------------
 
     async def _read_loop(self) -> None:
-        while True:
+        while True:  # noqa: ASYNC913  # receive_some is the cancel point, and an error of it ends the loop
             try:
                 data = await self._stream.receive_some(_RECEIVE_SIZE)
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:

@@ -4,7 +4,8 @@ Two clocks run. Ours to the broker: it must hear from us within Keep Alive [MQTT
 the broker's to us: if nothing arrives for as long, PINGREQ asks for a sign of life, since on a half-open link writing
 goes on "working" for a long time. Bytes that arrive count as that sign: a PINGRESP may queue behind a large message.
 
-While reading is paused the answers lie unread on our side: only the first clock runs.
+While reading is paused the answers lie unread on our side: only the first clock runs. The same before the link is
+live, where each step (CONNACK, test publish, replay) has a deadline of its own, and an error that names it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Deadlines:
         self.sent_at = now
         self.heard_at = now
         self.pings: deque[Ping] = deque()
+        self.live = False
         self.paused = False
         self._resumed_at = now
 
@@ -39,11 +41,11 @@ class Deadlines:
         """Whether PINGREQ must be sent now."""
         if now >= self.sent_at + self.keep_alive:
             return True
-        return not self.pings and not self.paused and now >= self.heard_at + self.keep_alive
+        return self.live and not self.pings and not self.paused and now >= self.heard_at + self.keep_alive
 
     def overdue(self, now: float, oldest_sent_at: float) -> MQTTDriverError | None:
         """What the link failed to answer in time; ``oldest_sent_at`` is when the oldest open publish was sent."""
-        if self.paused:
+        if self.paused or not self.live:
             return None
         silence = f"nothing received for {now - self.heard_at:.1f} s"
         if now >= self._pong_by():
@@ -57,6 +59,8 @@ class Deadlines:
     def look_at(self, now: float, oldest_sent_at: float) -> float:
         """When the next of all this may be due."""
         ping_by = self.sent_at + self.keep_alive
+        if not self.live:
+            return ping_by
         if self.paused:
             return min(ping_by, now + self._ack_timeout)
         if not self.pings:

@@ -126,7 +126,7 @@ class Dispatcher:
         A read can bring thousands of messages before any consumer runs: without this, the fastest handler would lose
         some. It never waits for user code: who is busy with a message is not waited for.
         """
-        while any(one.full and one.ready for one in self._crowded):
+        while any(one.full and one.ready for one in self._crowded):  # noqa: ASYNC110  # it is turns that are waited for
             await trio.lowlevel.checkpoint()
         while self._crowded:
             self._crowded.pop().shorten()
@@ -227,7 +227,7 @@ class Dispatcher:
                 outcome = handler(message)
                 if isinstance(outcome, Awaitable):
                     await outcome
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
                 self.failed(subscription, message, exc)
                 if self._on_handler_error is not None:
                     return

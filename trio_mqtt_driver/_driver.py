@@ -129,6 +129,7 @@ class MQTTDriver:
             rng=rng or random.Random(),
             on_terminal=self._lifespan.fail,
         )
+        self._dispatching = trio.Event()
         self._entered = False
         self._left = False
         self._context = self._live()
@@ -166,13 +167,14 @@ class MQTTDriver:
     async def _run(self) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._dispatcher.run)
+            self._dispatching.set()
             nursery.start_soon(self._supervisor.run)
 
     async def _ready(self) -> None:
+        # Not before: whoever enters in the background may subscribe at once.
+        await self._dispatching.wait()
         if self._start == "live":
             await self.wait_live()
-        else:
-            await trio.lowlevel.checkpoint()
 
     async def _stop(self, graceful: bool) -> None:
         config = self.config

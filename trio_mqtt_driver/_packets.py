@@ -62,6 +62,10 @@ _CACHED_TOPICS = 4096
 _CACHED_BLOCKS = 256
 _CACHED_LENGTH = 256
 
+_CONTROL_MAXIMUM = 65536
+"""paho reads properties in time quadratic to their length: at this size a third of a second, at ten times it a minute.
+A SUBACK for ten thousand Topic Filters has 10 KB."""
+
 
 def packet_name(first: int) -> str:
     return _NAMES.get(first >> 4, f"packet type {first >> 4}")
@@ -142,6 +146,8 @@ class PacketReader:
                     shift += 7
                     if shift > 21:
                         raise ProtocolError("malformed packet: a Remaining Length of more than 4 bytes [MQTT-1.5.5]")
+                if not byte:
+                    raise ProtocolError("malformed packet: a Remaining Length not in its shortest form [MQTT-1.5.5-1]")
             stop = pos + length
             if stop - start > self._maximum_packet_size:
                 raise ProtocolError(
@@ -149,6 +155,7 @@ class PacketReader:
                     f"maximum_packet_size={self._maximum_packet_size} [MQTT-3.1.2-24]"
                 )
             if stop > end:
+                self._check_control_size(first, stop - start)
                 self._need = stop - start
                 return start
             if first & 0xF0 == 0x30:
@@ -156,9 +163,16 @@ class PacketReader:
             elif first in _ACKS:
                 packets.append(self._ack(first, data, pos, stop))
             else:
+                self._check_control_size(first, stop - start)
                 packets.append(data[start:stop])
             start = stop
         return start
+
+    def _check_control_size(self, first: int, size: int) -> None:
+        if first & 0xF0 != 0x30 and size > _CONTROL_MAXIMUM:
+            raise ProtocolError(
+                f"{packet_name(first)} of {size} bytes: this client takes PUBLISH only beyond {_CONTROL_MAXIMUM}"
+            )
 
     def _check_first(self, first: int, data: bytes, start: int) -> None:
         if self._expect_connack:
@@ -227,7 +241,7 @@ class PacketReader:
         shift = 7
         while data[pos] > 127:
             pos += 1
-            if pos >= stop or shift > 21:
+            if pos >= stop or shift > 21 or not data[pos]:
                 raise ProtocolError("malformed packet: the property length of PUBLISH [MQTT-2.2.2.1]")
             length |= (data[pos] & 127) << shift
             shift += 7

@@ -37,6 +37,8 @@ from ._types import ReasonCode, RetainHandling, ServerLimits, UserProperties
 _PropertiesOf: Callable[[int], Any] = Properties  # paho leaves this class without annotations
 _PAHO_2 = hasattr(mqtt, "CallbackAPIVersion")
 
+_LARGEST_PACKET = 268_435_455  # the most that paho lets Maximum Packet Size be
+
 # CONNACK return codes of 3.1.1 [MQTT-3.2.2.3] as MQTT 5 says them.
 _RETURN_CODES = {
     0: ReasonCode.SUCCESS,
@@ -305,7 +307,7 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         body = packet[start + 1 :]
         try:
             if first == CONNACK:
-                return self._connack(packet, body)
+                return self._connack(body)
             if first == DISCONNECT:
                 return _server_disconnect(body)
             if first == AUTH:
@@ -320,7 +322,7 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
             raise ProtocolError(f"malformed packet: {packet_name(first)} {packet[:40]!r}")
         return self._events.pop()
 
-    def _connack(self, packet: bytes, body: bytes) -> ConnAck:
+    def _connack(self, body: bytes) -> ConnAck:
         if len(body) == 2 and (not self._version5 or body[1] == 1):
             # A 3.1.1 broker answers a version 5 CONNECT like this, too; paho in version 5 mode cannot read it.
             code = _RETURN_CODES.get(body[1])
@@ -335,7 +337,8 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         if body[0] > 1:
             raise ProtocolError(f"malformed packet: CONNACK with flags 0x{body[0]:02x} [MQTT-3.2.2-1]")
         if code == ReasonCode.SUCCESS:
-            self._pipe.incoming += packet
+            # All that paho must know; it would read the properties once more, by narrower rules.
+            self._pipe.incoming += b"\x20\x03\0\0\0" if self._version5 else b"\x20\x02\0\0"
             self._client.loop_read()
         return ConnAck(bool(body[0]), code, limits, data)
 
@@ -353,8 +356,20 @@ def _codes(codes: Any) -> tuple[ReasonCode, ...]:
     return tuple(ReasonCode(getattr(code, "value", code)) for code in many)
 
 
+class _Received(Properties):
+    """paho refuses a Maximum Packet Size beyond what any packet can have; MQTT does not [MQTT-3.2.2.3.6]."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.replace(" ", "") == "MaximumPacketSize" and value > _LARGEST_PACKET:
+            value = _LARGEST_PACKET
+        super().__setattr__(name, value)
+
+
+_ReceivedOf: Callable[[int], Any] = _Received
+
+
 def _unpack(kind: int, data: bytes) -> Any:
-    properties = _PropertiesOf(kind)
+    properties = _ReceivedOf(kind)
     _, length = properties.unpack(data)
     if length != len(data):
         raise ProtocolError(f"malformed packet: {len(data) - length} bytes behind the properties [MQTT-2.2.2.1]")

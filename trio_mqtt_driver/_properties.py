@@ -6,8 +6,6 @@ that cheap is that peers send the same few blocks again and again, so ``_packets
 
 from __future__ import annotations
 
-from typing import cast
-
 from ._errors import ProtocolError
 from ._topics import check_topic
 from ._types import NO_PROPERTIES, PayloadFormat, PublishProperties
@@ -33,7 +31,6 @@ _PUBLISH = {
     _USER_PROPERTY,
 }
 _ACK = {_REASON_STRING, _USER_PROPERTY}
-_REPEATABLE = {_USER_PROPERTY, _SUBSCRIPTION_IDENTIFIER}
 
 
 def encode_varint(value: int) -> bytes:
@@ -98,19 +95,22 @@ def decode_text(raw: bytes, what: str) -> str:
 def _decode(data: bytes, pos: int, end: int, allowed: set[int]) -> dict[int, object]:
     reader = _Reader(data, pos, end)
     found: dict[int, object] = {}
+    # Lists until the end: tuples that grow would make a long block take time quadratic to its length.
+    users: list[tuple[str, str]] = []
+    identifiers: list[int] = []
     while reader.pos < end:
         identifier = reader.varint()
         if identifier not in allowed:
             raise ProtocolError(f"malformed packet: property 0x{identifier:02x} is not allowed here [MQTT-2.2.2.2]")
-        if identifier in found and identifier not in _REPEATABLE:
+        if identifier in found:
             raise ProtocolError(f"protocol error: property 0x{identifier:02x} occurs twice [MQTT-2.2.2.2]")
         if identifier == _USER_PROPERTY:
-            found[identifier] = (*_tuple(found.get(identifier)), (reader.text(), reader.text()))
+            users.append((reader.text(), reader.text()))
         elif identifier == _SUBSCRIPTION_IDENTIFIER:
             value = reader.varint()
             if not value:
                 raise ProtocolError("protocol error: a Subscription Identifier of 0 [MQTT-3.3.2.3.8]")
-            found[identifier] = (*_tuple(found.get(identifier)), value)
+            identifiers.append(value)
         elif identifier == _PAYLOAD_FORMAT:
             value = reader.integer(1)
             if value > 1:
@@ -127,11 +127,9 @@ def _decode(data: bytes, pos: int, end: int, allowed: set[int]) -> dict[int, obj
             found[identifier] = reader.binary()
         else:
             found[identifier] = reader.text()
+    found[_USER_PROPERTY] = tuple(users)
+    found[_SUBSCRIPTION_IDENTIFIER] = tuple(identifiers)
     return found
-
-
-def _tuple(value: object) -> tuple[object, ...]:
-    return cast("tuple[object, ...]", value) if isinstance(value, tuple) else ()
 
 
 def decode_publish_properties(data: bytes, pos: int, end: int) -> PublishProperties:
@@ -146,8 +144,8 @@ def decode_publish_properties(data: bytes, pos: int, end: int) -> PublishPropert
         content_type=found.get(_CONTENT_TYPE),  # type: ignore[arg-type]
         response_topic=response_topic,  # type: ignore[arg-type]
         correlation_data=found.get(_CORRELATION_DATA),  # type: ignore[arg-type]
-        user_properties=found.get(_USER_PROPERTY, ()),  # type: ignore[arg-type]
-        subscription_identifiers=found.get(_SUBSCRIPTION_IDENTIFIER, ()),  # type: ignore[arg-type]
+        user_properties=found[_USER_PROPERTY],  # type: ignore[arg-type]
+        subscription_identifiers=found[_SUBSCRIPTION_IDENTIFIER],  # type: ignore[arg-type]
         topic_alias=found.get(_TOPIC_ALIAS),  # type: ignore[arg-type]
     )
 
@@ -166,6 +164,19 @@ def _binary(value: bytes, field: str) -> bytes:
     if len(value) > 65535:
         raise ValueError(f"{field} has {len(value)} bytes, allowed are 0 to 65535")
     return len(value).to_bytes(2, "big") + value
+
+
+def _integer(value: int, field: str, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{field} is {value!r}, allowed are whole numbers from {low} to {high}")
+    return value
+
+
+def encode_binary(value: bytes, field: str) -> bytes:
+    """Bytes with their length in front; ``field`` is named in the error for what is no bytes or too long."""
+    if not isinstance(value, bytes | bytearray):
+        raise TypeError(f"{field} must be bytes, not {type(value).__name__}")
+    return _binary(value, field)
 
 
 def encode_text(value: str, field: str) -> bytes:
@@ -190,14 +201,12 @@ def encode_publish_properties(properties: PublishProperties) -> bytes:
         return b"\0"
     out = bytearray()
     if properties.payload_format is not None:
-        if properties.payload_format not in (0, 1):
+        if isinstance(properties.payload_format, bool) or properties.payload_format not in (0, 1):
             raise ValueError(f"payload_format is {properties.payload_format!r}, allowed are 0 (bytes) and 1 (UTF-8)")
         out += bytes((_PAYLOAD_FORMAT, properties.payload_format))
     if properties.message_expiry is not None:
-        if not 0 <= properties.message_expiry <= 0xFFFFFFFF:
-            raise ValueError(f"message_expiry is {properties.message_expiry!r}, allowed are 0 to 4294967295 seconds")
         out.append(_MESSAGE_EXPIRY)
-        out += int(properties.message_expiry).to_bytes(4, "big")
+        out += _integer(properties.message_expiry, "message_expiry", 0, 0xFFFFFFFF).to_bytes(4, "big")
     if properties.content_type is not None:
         out.append(_CONTENT_TYPE)
         out += encode_text(properties.content_type, "content_type")
@@ -206,12 +215,14 @@ def encode_publish_properties(properties: PublishProperties) -> bytes:
         out += _binary(check_topic(properties.response_topic, "response_topic"), "response_topic")
     if properties.correlation_data is not None:
         out.append(_CORRELATION_DATA)
-        out += _binary(bytes(properties.correlation_data), "correlation_data")
+        out += encode_binary(properties.correlation_data, "correlation_data")
     if properties.topic_alias is not None:
         out.append(_TOPIC_ALIAS)
-        out += properties.topic_alias.to_bytes(2, "big")
-    for name, value in properties.user_properties:
+        out += _integer(properties.topic_alias, "topic_alias", 1, 65535).to_bytes(2, "big")
+    for pair in properties.user_properties:
+        if not isinstance(pair, tuple) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryComparison]
+            raise TypeError(f"user_properties must hold (name, value) pairs, not {pair!r:.60}")
         out.append(_USER_PROPERTY)
-        out += encode_text(name, "user_properties")
-        out += encode_text(value, "user_properties")
+        out += encode_text(pair[0], "user_properties")
+        out += encode_text(pair[1], "user_properties")
     return encode_varint(len(out)) + bytes(out)

@@ -86,6 +86,8 @@ class Subscription(Generic[T]):
         self._arrived = trio.Event()
         self._handed_out: Message[T] | None = None
         self._receiving = False
+        self._burying = False
+        """Whether a dead-letter handler runs: user code, which nobody waits for."""
         self._closed = False
         self._turn = 0
         self._received = self._delivered = self._dropped = self._dead_letters = 0
@@ -183,7 +185,7 @@ class Subscription(Generic[T]):
         try:
             self.finish()
             await self._give_way()
-            while True:
+            while True:  # noqa: ASYNC913  # _give_way is the cancel point
                 while not self._queue:
                     if self._closed:
                         raise DriverClosedError(f"the subscription of {self.topic_filter!r} is ended")
@@ -195,6 +197,7 @@ class Subscription(Generic[T]):
                     message.value = self._decode(message.payload)
                 except PayloadError as exc:
                     await self._misfit(message, exc)
+                    await self._give_way()
                     continue
                 self._delivered += 1
                 self._handed_out = message
@@ -232,12 +235,14 @@ class Subscription(Generic[T]):
             if self._on_dead_letter is None:
                 logger.warning("dead letter on %r: %s", message.topic, error)
                 return
+            self._burying = True
             outcome = self._on_dead_letter(message, error)
             if isinstance(outcome, Awaitable):
                 await outcome
         except Exception as exc:  # noqa: BLE001  # by policy: one bad payload must not end the subscription
             self._failed(self, message, exc)
         finally:
+            self._burying = False
             message._done()  # pyright: ignore[reportPrivateUsage]
 
     def accepts(self, payload: bytes) -> bool:

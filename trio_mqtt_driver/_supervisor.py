@@ -242,7 +242,8 @@ class Supervisor:
     def _make_client_id(self, config: DriverConfig) -> str:
         key = (config.client_id, config.client_id_factory)
         if key != self._ids_key:
-            self._ids = ClientIds(config.client_id, config.wall_clock, config.client_id_factory)
+            # A base may come back after another: the times go on, so that the IDs still do not repeat.
+            self._ids = ClientIds(config.client_id, config.wall_clock, config.client_id_factory, previous=self._ids)
             self._ids_key = key
         try:
             return self._ids.make(self.generation + 1)

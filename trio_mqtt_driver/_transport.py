@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+import sys
 
 import trio
 
 from ._config import DriverConfig
 from ._errors import ConnectionLostError, MQTTDriverError, OptionsError, TLSError, TransportError
 from ._tls import TLSConfig
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 
 async def open_stream(config: DriverConfig) -> trio.abc.Stream:
@@ -75,4 +80,10 @@ def _words(exc: BaseException) -> str:
         return f"certificate verify failed: {exc.verify_message}"
     if isinstance(exc, ssl.SSLError):
         return exc.reason or str(exc)
+    if isinstance(exc, OSError) and isinstance(exc.__cause__, BaseExceptionGroup):
+        # "All attempts failed": Trio tries each address of a host and keeps the reasons in a group.
+        reasons = [
+            os.strerror(one.errno) for one in exc.__cause__.exceptions if isinstance(one, OSError) and one.errno
+        ]
+        return "; ".join(dict.fromkeys(reasons)) or str(exc)
     return (exc.strerror if isinstance(exc, OSError) else "") or str(exc) or type(exc).__name__

@@ -118,6 +118,7 @@ class ReasonCode(enum.IntEnum):
 
     @property
     def is_failure(self) -> bool:
+        """Whether it says that something was refused or went wrong: 0x80 and above."""
         return self >= 0x80
 
     def __str__(self) -> str:

@@ -39,7 +39,7 @@ HAND_WRITTEN: list[tuple[str, int, Packet]] = [
         Connect(client_id="test", version=4, clean_start=True, keep_alive=60),
     ),
     (
-        "10 26 0004 4d515454 04 ee 000a 0001 63 0003 612f62 0002 6869 0004 75736572 0004 70617373".replace("26", "25"),
+        "10 22 0004 4d515454 04 ee 000a 0001 63 0003 612f62 0002 6869 0004 75736572 0004 70617373",
         4,
         Connect(
             client_id="c",
@@ -52,7 +52,7 @@ HAND_WRITTEN: list[tuple[str, int, Packet]] = [
         ),
     ),
     (
-        "10 13 0004 4d515454 05 02 0000 05 11 0000000a 0001 63".replace("13", "13"),
+        "10 13 0004 4d515454 05 02 0000 05 11 0000000a 0001 63",
         5,
         Connect(client_id="c", version=5, clean_start=True, properties={"session_expiry": 10}),
     ),

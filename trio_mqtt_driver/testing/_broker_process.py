@@ -13,18 +13,19 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TypeVar
+from typing import IO, TYPE_CHECKING
 
 import attrs
 import trio
-from typing_extensions import Self
 
 from ._packets import Connect, Disconnect
 from ._ports import HOST, free_port
 from ._properties import WireError
 from ._raw_client import RawClient
 
-B = TypeVar("B", bound="BrokerProcess")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 _START_DEADLINE = 30.0
 _STOP_DEADLINE = 10.0

@@ -15,17 +15,17 @@ import enum
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
-from typing_extensions import Self
 
 from ._filters import check_filter, matches
 from ._packets import Packet
 from ._properties import Kind
 
-R = TypeVar("R", bound="Rule")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Direction(enum.Enum):

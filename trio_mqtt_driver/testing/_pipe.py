@@ -103,6 +103,8 @@ class PipeStream(trio.abc.Stream):
             direction.sending = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if not isinstance(max_bytes, (int, type(None))):
+            raise TypeError(f"max_bytes must be an int or None, not a {type(max_bytes).__name__}")
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
         direction = self._incoming
