@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio.testing
 
 from trio_mqtt_driver.testing import Disconnect, EmbeddedBroker, MemoryBroker
 
@@ -26,6 +25,7 @@ class Example:
     def __init__(self, process: trio.Process) -> None:
         self.process = process
         self.output = ""
+        self.finished = trio.Event()
         self._grown = trio.Event()
 
     async def read(self) -> None:
@@ -33,17 +33,19 @@ class Example:
         async for data in self.process.stdout:
             self.output += data.decode()
             self._grown.set()
+        self.finished.set()
 
     async def printed(self, *texts: str) -> None:
-        """Wait until all of ``texts`` are in the output so far; then forget it."""
+        """Wait until all of ``texts`` are in the output; then forget it, up to the last of them."""
         try:
             with trio.fail_after(PATIENCE):
+                await trio.lowlevel.checkpoint()
                 while not all(text in self.output for text in texts):
                     self._grown = trio.Event()
                     await self._grown.wait()
         except trio.TooSlowError:
             raise AssertionError(f"not printed: one of {texts}; but:\n{self.output}") from None
-        self.output = ""
+        self.output = self.output[max(self.output.index(text) + len(text) for text in texts) :]
 
     async def ended_by(self, number: signal.Signals) -> int:
         """Send a signal; the exit code."""
@@ -78,9 +80,8 @@ async def running(name: str, *arguments: str, **environment: str) -> AsyncGenera
 async def run_to_end(name: str, *arguments: str) -> tuple[int, str]:
     async with running(name, *arguments) as example:
         with trio.fail_after(PATIENCE):
-            code = await example.process.wait()
-            await trio.testing.wait_all_tasks_blocked()
-        return code, example.output
+            await example.finished.wait()
+            return await example.process.wait(), example.output
 
 
 @pytest.mark.broker

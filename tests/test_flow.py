@@ -1,4 +1,4 @@
-"""Handlers and iterators that do not keep up: who waits, who does not, what is dropped, and when it is acknowledged."""
+"""Handlers that do not keep up, or fail: who waits, who does not, what is dropped, when it is acknowledged."""
 
 from __future__ import annotations
 
@@ -331,10 +331,14 @@ async def test_with_raise_the_handlers_exception_leaves_the_driver_as_itself(
         raise error
 
     handler: Callable[[Message[bytes]], object] = fail if sync else fail_later
-    with pytest.raises(LookupError) as caught:
+
+    async def live() -> None:
         async with MQTTDriver(memory_config(broker, on_handler_error="raise")) as driver:
             await driver.subscribe("a", handler)
             broker.publish("a")
             await trio.sleep_forever()
+
+    with pytest.raises(LookupError) as caught:
+        await live()
     assert caught.value is error
     assert not broker.clients

@@ -1,8 +1,9 @@
-"""Every way of losing a connection ends it, is named, and is followed by a reconnect; but not more often than allowed."""
+"""Every way of losing a connection ends it, is named, and leads to a reconnect; but not more often than allowed."""
 
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -120,8 +121,8 @@ IMMEDIATE = [
 ]
 
 
-@pytest.mark.parametrize("break_link, kind, words", IMMEDIATE, ids=lambda value: getattr(value, "__name__", ""))
-async def test_a_link_that_breaks_is_named_and_replaced(
+@pytest.mark.parametrize("break_link, kind, words", IMMEDIATE, ids=[one[0].__name__ for one in IMMEDIATE])
+async def test_a_broken_link_is_named_and_replaced(
     broker: MemoryBroker,
     caplog: pytest.LogCaptureFixture,
     break_link: Any,
@@ -161,7 +162,7 @@ async def test_an_idle_half_open_link_is_found_by_a_ping_without_answer(
         await trio.sleep(100)
         broker.silence()
         await gone(driver, within=40)
-        assert trio.current_time() == pytest.approx(100 + 20 + 10, abs=30)
+        assert trio.current_time() == 120 + 10  # the ping after the silence began, and its deadline
         check_named(driver, caplog, "KeepAliveError: no answer to PINGREQ within ping_timeout=10 s")
         assert "the link is half-open" in str(driver.status().last_error)
         await check_recovery(driver, broker)
@@ -186,7 +187,7 @@ async def test_an_idle_link_that_answers_stays(broker: MemoryBroker, autojump_cl
         assert driver.generation == 1
         assert driver.state is State.LIVE
         pings = [packet for _, packet in broker.received if packet.kind is Kind.PINGREQ]
-        assert len(pings) == 24 * 3600 / 30
+        assert len(pings) == 24 * 3600 / 30 - 1
         assert driver.status().round_trip == 0
     assert not broker.violations
 
@@ -356,7 +357,7 @@ async def test_a_flapping_link_reconnects_at_most_every_min_interval(
                 await driver.wait_live()
         starts = triggers(driver)[1:]
         assert len(starts) == 20
-        assert {round(after - before, 6) for before, after in zip(starts, starts[1:], strict=False)} == {interval}
+        assert {round(after - before, 6) for before, after in pairwise(starts)} == {interval}
 
 
 async def test_a_link_that_flaps_backs_off_although_each_connect_succeeds(
@@ -367,6 +368,7 @@ async def test_a_link_that_flaps_backs_off_although_each_connect_succeeds(
     async with MQTTDriver(config_for(broker, subscription_identifiers=False), start="background") as driver:
         with trio.move_on_after(3600):
             await driver.subscribe("in", lambda _: None)
+            await trio.sleep_forever()
         status = driver.status()
     assert status.counters["attempts"] < 100
     assert status.failures >= 8
@@ -382,7 +384,7 @@ async def test_links_that_do_not_stay_count_as_failures_until_one_stays(
             await trio.sleep(29)
             broker.drop()
             await gone(driver, within=1)
-            assert driver.status().failures == failures - 1 or failures > 1
+            assert driver.status().failures == failures - 1
             with trio.fail_after(60):
                 await driver.wait_live()
         assert driver.status().failures == 6

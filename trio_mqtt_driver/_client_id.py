@@ -54,7 +54,7 @@ class ClientIds:
         self._base = base
         self._clock = clock
         self._scheme = scheme
-        self._last_ms = 0 if previous is None else previous._last_ms
+        self._last_ms: int = 0 if previous is None else previous._last_ms
         self._recent: deque[str] = deque(() if previous is None else previous._recent, maxlen=_REMEMBERED)
 
     def make(self, generation: int) -> str:

@@ -10,7 +10,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import attrs
@@ -18,6 +18,7 @@ import trio
 
 from ._backoff import BackoffConfig
 from ._client_id import default_base
+from ._properties import encode_binary
 from ._tls import TLSConfig
 from ._topics import check_topic
 from ._types import PayloadFormat, ReasonCode
@@ -26,6 +27,7 @@ from ._validators import (
     between,
     freeze,
     instance,
+    is_callable,
     one_of,
     optional_callable,
     pairs,
@@ -82,8 +84,25 @@ def _will_payload(instance: object, attribute: attrs.Attribute[Any], value: obje
 def _password(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value is not None and not isinstance(value, str | bytes):
         raise TypeError(f"password must be str or bytes, not {type(value).__name__}")
-    if value is not None and len(value) > 65535:
-        raise ValueError("password is longer than 65535 bytes [MQTT-3.1.3.6]")
+    raw = value.encode(errors="replace") if isinstance(value, str) else value  # UnicodeEncodeError would quote it
+    if isinstance(value, str) and raw is not None and raw.decode() != value:
+        raise ValueError("password cannot be encoded as UTF-8")
+    if raw is not None and len(raw) > 65535:
+        raise ValueError(f"password has {len(raw)} bytes, allowed are 0 to 65535 [MQTT-3.1.3.6]")
+
+
+def _correlation_data(instance: object, attribute: attrs.Attribute[Any], value: bytes | None) -> None:
+    if value is not None:
+        encode_binary(value, f"will.{attribute.name}")
+
+
+def _frozenset(codes: Iterable[ReasonCode]) -> frozenset[ReasonCode]:
+    return frozenset(codes) if isinstance(codes, Iterable) else codes
+
+
+def _reason_codes(instance: object, attribute: attrs.Attribute[Any], value: frozenset[ReasonCode]) -> None:
+    if not isinstance(value, frozenset) or not all(isinstance(code, ReasonCode) for code in value):
+        raise TypeError(f"{attribute.name} must hold members of ReasonCode, not {value!r:.100}")
 
 
 def _payload_bytes(payload: bytes | str) -> bytes:
@@ -102,11 +121,11 @@ class Will:
     qos: int = attrs.field(default=0, validator=one_of(0, 1, 2))
     retain: bool = attrs.field(default=False, validator=instance(bool))
     delay: int = attrs.field(default=0, validator=between(0, 0xFFFFFFFF))
-    payload_format: PayloadFormat | None = None
+    payload_format: PayloadFormat | None = attrs.field(default=None, validator=one_of(None, 0, 1))
     message_expiry: int | None = attrs.field(default=None, validator=attrs.validators.optional(between(0, 0xFFFFFFFF)))
     content_type: str | None = attrs.field(default=None, validator=text)
     response_topic: str | None = attrs.field(default=None, validator=attrs.validators.optional(_will_topic))
-    correlation_data: bytes | None = None
+    correlation_data: bytes | None = attrs.field(default=None, validator=_correlation_data)
     user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
 
 
@@ -184,7 +203,7 @@ class DriverConfig:
         default="publish", validator=one_of("publish", "echo", "ping")
     )
     """How a connection is tested: a QoS 1 publish, that and its echo, or (where the ACL allows neither) PINGREQ."""
-    probe_topic: str = attrs.field(default="trio_mqtt_driver/probe/{client_id}")
+    probe_topic: str = attrs.field(default="trio_mqtt_driver/probe/{client_id}", validator=instance(str))
     """May hold ``{client_id}`` and ``{base}``; characters that a topic cannot hold become ``_`` in them."""
     probe_timeout: float = attrs.field(default=5.0, validator=seconds)
     ack_timeout: float = attrs.field(default=5.0, validator=seconds)
@@ -197,7 +216,9 @@ class DriverConfig:
     drain_timeout: float = attrs.field(default=5.0, validator=seconds)
     """How long leaving the driver waits for acknowledgements that are still out, on a live link."""
     backoff: BackoffConfig = attrs.field(factory=BackoffConfig, validator=instance(BackoffConfig))
-    retry_refusals: frozenset[ReasonCode] = attrs.field(default=frozenset(), converter=frozenset)
+    retry_refusals: frozenset[ReasonCode] = attrs.field(
+        default=frozenset[ReasonCode](), converter=_frozenset, validator=_reason_codes
+    )
     """Refusals that are terminal by default and shall be retried all the same."""
 
     receive_maximum: int = attrs.field(default=1000, validator=between(1, 65535))
@@ -224,7 +245,7 @@ class DriverConfig:
     on_handler_error: Literal["log", "raise"] = attrs.field(default="log", validator=one_of("log", "raise"))
     """``raise`` ends the driver with the handler's exception."""
     history_events: int = attrs.field(default=200, validator=between(1, 1_000_000))
-    wall_clock: Callable[[], float] = attrs.field(default=time.time, repr=False)
+    wall_clock: Callable[[], float] = attrs.field(default=time.time, validator=is_callable, repr=False)
     """Seconds since the epoch, for client IDs and the history."""
 
     def __attrs_post_init__(self) -> None:
@@ -234,17 +255,16 @@ class DriverConfig:
             raise ValueError("client_id is empty; leave it out for the default, or give a base of 1 to 65000 bytes")
         if len(self.client_id.encode()) > 65000:
             raise ValueError(f"client_id has {len(self.client_id.encode())} bytes, allowed are 1 to 65000")
+        for field, kind in (("tls", TLSConfig), ("will", Will)):
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{field} must be {kind.__name__} or None, not {type(value).__name__}")
         if self.tls is not None and self.endpoint.scheme != "mqtts":
             raise ValueError(f"tls is set but the endpoint is {self.endpoint}: use mqtts://")
         if self.authenticator is not None and self.protocol == "3.1.1":
             raise ValueError("authenticator needs MQTT 5, but protocol is '3.1.1'")
         if self.probe != "ping":
             check_topic(self.probe_topic_for(self.client_id), "probe_topic")
-        for field in ("tls", "will"):
-            value = getattr(self, field)
-            kind = TLSConfig if field == "tls" else Will
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"{field} must be {kind.__name__} or None, not {type(value).__name__}")
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> DriverConfig:

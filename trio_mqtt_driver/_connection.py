@@ -155,13 +155,18 @@ class Connection:
                 nursery.cancel_scope.cancel(reason="the session of this connection ended")
         finally:
             self._ended = True
-            await trio.aclose_forcefully(self._stream)
-            error = self.cause or ConnectionLostError("the connection was closed")
-            for ping in self._deadlines.pings:
-                ping.reply.fail(error)
-            for request in self._requests.values():
-                request.reply.fail(error)
-            self._outbox.put_back(out for out in self._outgoing.take_back() if out.on_settled is not None)
+            try:
+                await trio.aclose_forcefully(self._stream)
+            finally:  # it closes the stream even if we are cancelled, but then raises
+                self._settle_all()
+
+    def _settle_all(self) -> None:
+        error = self.cause or ConnectionLostError("the connection was closed")
+        for ping in self._deadlines.pings:
+            ping.reply.fail(error)
+        for request in self._requests.values():
+            request.reply.fail(error)
+        self._outbox.put_back(out for out in self._outgoing.take_back() if out.on_settled is not None)
 
     def fail(self, error: MQTTDriverError) -> None:
         """The first fault is the cause, and ends the connection."""

@@ -362,7 +362,7 @@ class _Received(Properties):
     def __setattr__(self, name: str, value: Any) -> None:
         if name.replace(" ", "") == "MaximumPacketSize" and value > _LARGEST_PACKET:
             value = _LARGEST_PACKET
-        super().__setattr__(name, value)
+        super().__setattr__(name, value)  # type: ignore[no-untyped-call]  # pyright: ignore[reportUnknownMemberType]
 
 
 _ReceivedOf: Callable[[int], Any] = _Received

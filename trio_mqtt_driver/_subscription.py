@@ -133,7 +133,7 @@ class Subscription(Generic[T]):
     @property
     def ready(self) -> bool:
         """Whether somebody is asking for the next message, and not busy with the last one."""
-        return self._receiving
+        return self._receiving and not self._burying
 
     def put(self, message: Message[Any]) -> None:
         """Queue a message, whether there is room or not; ``shorten`` follows."""

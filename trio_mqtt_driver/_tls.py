@@ -6,8 +6,13 @@ import os
 import ssl
 
 import attrs
+from attrs.validators import optional
+
+from ._validators import instance, text
 
 Path = str | os.PathLike[str]
+
+_path = optional(instance(str, os.PathLike))
 
 
 @attrs.frozen(kw_only=True)
@@ -21,17 +26,17 @@ class TLSConfig:
     all, which leaves the link open to whoever can answer at that address.
     """
 
-    ca_file: Path | None = None
-    ca_path: Path | None = None
-    ca_data: str | None = attrs.field(default=None, repr=False)
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    key_password: str | None = attrs.field(default=None, repr=False)
-    server_hostname: str | None = None
-    check_hostname: bool = True
-    verify: bool = True
-    minimum_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2
-    alpn_protocols: tuple[str, ...] = ()
+    ca_file: Path | None = attrs.field(default=None, validator=_path)
+    ca_path: Path | None = attrs.field(default=None, validator=_path)
+    ca_data: str | None = attrs.field(default=None, validator=optional(instance(str)), repr=False)
+    cert_file: Path | None = attrs.field(default=None, validator=_path)
+    key_file: Path | None = attrs.field(default=None, validator=_path)
+    key_password: str | None = attrs.field(default=None, validator=optional(instance(str)), repr=False)
+    server_hostname: str | None = attrs.field(default=None, validator=text)
+    check_hostname: bool = attrs.field(default=True, validator=instance(bool))
+    verify: bool = attrs.field(default=True, validator=instance(bool))
+    minimum_version: ssl.TLSVersion = attrs.field(default=ssl.TLSVersion.TLSv1_2, validator=instance(ssl.TLSVersion))
+    alpn_protocols: tuple[str, ...] = attrs.field(default=(), validator=instance(tuple))
 
     def __attrs_post_init__(self) -> None:
         if self.cert_file is None and (self.key_file is not None or self.key_password is not None):
@@ -53,7 +58,8 @@ class TLSConfig:
         context.check_hostname = self.check_hostname
         context.verify_mode = ssl.CERT_REQUIRED if self.verify else ssl.CERT_NONE
         if self.cert_file is not None:
-            context.load_cert_chain(self.cert_file, self.key_file, self.key_password)
+            # Without any password, OpenSSL would ask for that of an encrypted key on the terminal, and wait.
+            context.load_cert_chain(self.cert_file, self.key_file, self.key_password or "")
         if self.alpn_protocols:
             context.set_alpn_protocols(list(self.alpn_protocols))
         return context

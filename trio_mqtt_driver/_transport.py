@@ -38,11 +38,11 @@ async def open_stream(config: DriverConfig) -> trio.abc.Stream:
     if context is None:
         return stream
     hostname = config.tls.server_hostname if config.tls is not None else None
-    # Brokers rarely send close_notify, and DISCONNECT says the same: https_compatible reads a bare EOF as EOF.
-    secure = trio.SSLStream(stream, context, server_hostname=hostname or endpoint.host, https_compatible=True)
     try:
+        # Brokers rarely send close_notify, and DISCONNECT says the same: https_compatible reads a bare EOF as EOF.
+        secure = trio.SSLStream(stream, context, server_hostname=hostname or endpoint.host, https_compatible=True)
         await secure.do_handshake()
-    except (trio.BrokenResourceError, OSError) as exc:
+    except (trio.BrokenResourceError, OSError, ValueError) as exc:  # ValueError: no name that SNI can carry
         await trio.aclose_forcefully(stream)
         raise lost(exc, f"TLS handshake with {endpoint}") from exc
     except BaseException:
@@ -56,7 +56,7 @@ async def _make_context(tls: TLSConfig) -> ssl.SSLContext:
         return await trio.to_thread.run_sync(tls.make_context)
     except ssl.SSLError as exc:
         raise TLSError(f"TLS material: {_words(exc)}; look at the files of {tls!r}") from exc
-    except OSError as exc:
+    except (OSError, ValueError, TypeError) as exc:  # the latter two: a path with a NUL, a PEM text that is not ASCII
         raise OptionsError(f"TLS material cannot be read: {exc}; look at the files of {tls!r}") from exc
 
 
@@ -76,10 +76,11 @@ def lost(exc: BaseException, doing: str) -> MQTTDriverError:
 
 
 def _words(exc: BaseException) -> str:
-    if isinstance(exc, ssl.SSLCertVerificationError):
+    # An error that a stream of the application's made by itself lacks what Python's ssl module adds.
+    if isinstance(exc, ssl.SSLCertVerificationError) and hasattr(exc, "verify_message"):
         return f"certificate verify failed: {exc.verify_message}"
     if isinstance(exc, ssl.SSLError):
-        return exc.reason or str(exc)
+        return getattr(exc, "reason", None) or str(exc)
     if isinstance(exc, OSError) and isinstance(exc.__cause__, BaseExceptionGroup):
         # "All attempts failed": Trio tries each address of a host and keeps the reasons in a group.
         reasons = [

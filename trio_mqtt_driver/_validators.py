@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
@@ -49,12 +49,19 @@ def instance(*kinds: type) -> Callable[[object, attrs.Attribute[Any], object], N
     return check
 
 
-def optional_callable(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is not None and not callable(value):
+def is_callable(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not callable(value):
         raise TypeError(f"{attribute.name} must be callable, not {type(value).__name__}")
 
 
+def optional_callable(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None:
+        is_callable(instance, attribute, value)
+
+
 def pairs(instance: object, attribute: attrs.Attribute[Any], value: tuple[tuple[str, str], ...]) -> None:
+    if not isinstance(value, tuple):
+        raise TypeError(f"{attribute.name} must hold (name, value) pairs, not {value!r:.60}")
     for pair in value:
         if not isinstance(pair, tuple) or len(pair) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
             raise TypeError(f"{attribute.name} must hold (name, value) pairs, not {pair!r}")
@@ -63,4 +70,4 @@ def pairs(instance: object, attribute: attrs.Attribute[Any], value: tuple[tuple[
 
 
 def freeze(pairs: UserProperties) -> tuple[tuple[str, str], ...]:
-    return tuple(pairs)
+    return tuple(pairs) if isinstance(pairs, Iterable) else pairs

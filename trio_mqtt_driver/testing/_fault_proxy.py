@@ -189,7 +189,7 @@ class FaultProxy:
         await trio.lowlevel.checkpoint()
         try:
             while True:
-                data = await source.receive_some(65536)
+                data: bytes | bytearray = await source.receive_some(65536)
                 if self.delay:
                     await trio.sleep(self.delay)
                 while direction in self._frozen:

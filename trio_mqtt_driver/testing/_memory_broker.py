@@ -37,6 +37,11 @@ class MemoryBroker:
     through hours in milliseconds. It is strict: whatever MQTT forbids a client to do ends the connection and is
     written down in :attr:`violations`.
 
+    What CONNACK can announce is announced and enforced: ``receive_maximum``, ``maximum_qos``, ``retain_available``,
+    ``maximum_packet_size``, ``topic_alias_maximum``, ``wildcard_available``, ``identifiers_available``,
+    ``shared_available``, ``server_keep_alive`` and ``session_expiry_maximum`` (seconds), ``response_information`` and
+    ``server_reference``.
+
     Args:
         nursery: where the connections are served.
         versions: protocol versions that are accepted: 4 is MQTT 3.1.1. Others are refused in CONNACK.
@@ -46,9 +51,6 @@ class MemoryBroker:
             raising :class:`AuthenticationRefusedError`. Clients without a method are then refused.
         overlapping: ``"once"`` sends a client one copy of a message that matches several of its subscriptions,
             ``"copies"`` one for each; MQTT allows both.
-        receive_maximum, maximum_qos, retain_available, maximum_packet_size, topic_alias_maximum, wildcard_available,
-            identifiers_available, shared_available, server_keep_alive (seconds), session_expiry_maximum (seconds),
-            response_information, server_reference: limits and facts, announced in CONNACK and enforced.
         queue_limit: QoS 1 and 2 messages that wait for one client; more are dropped and counted.
         buffer_bytes: bytes that wait to be sent to one client; QoS 0 messages beyond are dropped and counted.
         history: how many packets, messages and CONNECTs are remembered.

@@ -18,7 +18,7 @@ class _Direction:
     __slots__ = ("capacity", "data", "ended", "lot", "receiving", "sending")
 
     def __init__(self, capacity: float) -> None:
-        self.capacity: int = capacity
+        self.capacity: float = capacity
         self.data: bytearray = bytearray()
         self.ended: bool = False
         self.sending: bool = False

@@ -8,6 +8,7 @@ from typing import TypeVar
 import trio
 
 from ._packets import Connack, Connect, Packet
+from ._properties import WireError
 from ._wire import Decoder, encode
 
 P = TypeVar("P", bound=Packet)
@@ -21,6 +22,7 @@ class RawClient:
         self.version = version
         self._decoder = Decoder(server=False, version=version)
         self._packets: deque[Packet] = deque()
+        self._error: WireError | None = None
 
     async def connect(self, connect: Connect) -> Connack:
         """Send CONNECT and return the answer."""
@@ -34,10 +36,15 @@ class RawClient:
         """The next packet; None at EOF. Raises ``WireError``, and ``trio.BrokenResourceError`` after a reset."""
         await trio.lowlevel.checkpoint()
         while not self._packets:
+            if self._error is not None:
+                raise self._error
             data = await self.stream.receive_some(65536)
             if not data:
                 return None
-            self._packets.extend(self._decoder.packets(bytes(data)))
+            try:
+                self._packets.extend(self._decoder.packets(bytes(data)))
+            except WireError as error:
+                self._error = error  # The packets before it come first.
         return self._packets.popleft()
 
     async def expect(self, kind: type[P]) -> P:

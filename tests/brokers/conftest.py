@@ -1,0 +1,23 @@
+"""A broker of its own for each test, on each ground in turn."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from tests.brokers.grounds import GROUNDS, Ground, Protocol, require
+from trio_mqtt_driver.testing import BrokerProcess
+
+
+@pytest.fixture(params=GROUNDS)
+def idle_ground(request: pytest.FixtureRequest) -> tuple[BrokerProcess, Protocol]:
+    make, protocol = GROUNDS[request.param]
+    return require(make()), protocol
+
+
+@pytest.fixture
+async def ground(idle_ground: tuple[BrokerProcess, Protocol]) -> AsyncGenerator[Ground, None]:
+    broker, protocol = idle_ground
+    async with broker:
+        yield Ground(broker, protocol)

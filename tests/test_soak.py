@@ -1,0 +1,183 @@
+"""Very many reconnects leave everything as it was: tasks, threads, files, memory, and what works."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import threading
+import tracemalloc
+from collections.abc import Generator
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from tests.peers import memory_config
+from trio_mqtt_driver import BackoffConfig, DriverConfig, Message, MQTTDriver
+from trio_mqtt_driver._connection import Connection
+from trio_mqtt_driver.testing import MemoryBroker
+
+MIB = 2**20
+ALLOWED = 2 * MIB
+# The rings of broker and driver are small, so that the warm-up fills them: they are bounds, not leaks.
+WARM_UP = 60
+RINGS = {"history_events": 50}
+
+settled = trio.testing.wait_all_tasks_blocked
+
+
+@attrs.frozen
+class Footprint:
+    tasks: int
+    threads: int
+    files: int
+    connections: int
+    """Connection objects that the garbage collector knows."""
+    memory: int
+
+    @classmethod
+    async def take(cls, memory: int) -> Footprint:
+        await settled()
+        return cls(
+            tasks=trio.lowlevel.current_statistics().tasks_living,
+            threads=threading.active_count(),
+            files=len(os.listdir("/dev/fd")),  # noqa: PTH208  # iterdir() would open one more
+            connections=sum(isinstance(thing, Connection) for thing in gc.get_objects()),
+            memory=memory,
+        )
+
+    def assert_same(self, other: Footprint) -> None:
+        assert attrs.evolve(self, memory=0) == attrs.evolve(other, memory=0)
+        print("DELTA", self.memory - other.memory, self)
+        assert abs(self.memory - other.memory) < ALLOWED
+
+
+@pytest.fixture(autouse=True)
+def _unlogged(caplog: pytest.LogCaptureFixture) -> None:
+    """pytest keeps what is logged, which would pass for a leak."""
+    caplog.set_level(logging.CRITICAL, logger="trio_mqtt_driver")
+
+
+@pytest.fixture
+def tracing() -> Generator[None, None, None]:
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+def traced() -> int:
+    for _ in range(3):
+        gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+def resident() -> int:
+    for _ in range(3):
+        gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+class Application:
+    """What is in use during all of it: handlers, an iterator, retained messages, publishes at every QoS."""
+
+    def __init__(self, driver: MQTTDriver, broker: MemoryBroker) -> None:
+        self.handled = 0
+        self._driver = driver
+        self._broker = broker
+
+    async def handle(self, message: Message[bytes]) -> None:
+        await trio.lowlevel.checkpoint()
+        self.handled += 1
+
+    async def start(self) -> None:
+        for number in range(20):
+            await self._driver.subscribe(f"a/{number}", self.handle, qos=number % 3)
+        self._broker.publish("a/0", b"retained", retain=True)
+
+    async def use(self) -> None:
+        for number in range(20):
+            await self._driver.publish(f"a/{number}", bytes(100), qos=number % 3)
+
+
+async def test_a_thousand_reconnects_in_virtual_time(
+    autojump_clock: trio.testing.MockClock, tracing: None, nursery: trio.Nursery
+) -> None:
+    broker = MemoryBroker(nursery, history=100)
+    rng = random.Random(1)
+    async with MQTTDriver(memory_config(broker, **RINGS), rng=random.Random(2)) as driver:
+        application = Application(driver, broker)
+        await application.start()
+
+        async def lose_and_regain() -> None:
+            before = driver.generation
+            match rng.randrange(5):
+                case 0:
+                    broker.drop()
+                case 1:
+                    broker.drop(reset=True)
+                case 2:
+                    broker.silence()
+                case 3:
+                    broker.stop()
+                    await trio.sleep(rng.uniform(0, 60))
+                    broker.start()
+                case _:
+                    driver.force_reconnect(even_if_live=True)
+            receipt = driver.publish_nowait("a/1", b"on the way", qos=1)
+            await receipt.wait()
+            await driver.wait_live()
+            assert driver.generation == before + 1
+
+        for _ in range(WARM_UP):
+            await lose_and_regain()
+        await application.use()
+        before = await Footprint.take(traced())
+        for _ in range(1000):
+            await lose_and_regain()
+        await application.use()
+        after = await Footprint.take(traced())
+        after.assert_same(before)
+        assert after.connections == 1
+        assert driver.generation == 1 + WARM_UP + 1000
+        assert driver.status().counters["connections"] == driver.generation
+        assert driver.status().unacknowledged == driver.status().in_flight == driver.status().queued == 0
+        assert len(broker.sessions) == 1
+        assert not broker.violations
+
+
+async def test_reconnects_over_sockets(nursery: trio.Nursery) -> None:
+    broker = MemoryBroker(nursery, history=100)
+    port = await broker.listen()
+    backoff = BackoffConfig(start=0.001, maximum=0.001, min_interval=0, stable_after=0, pause_after=10_000)
+    config = DriverConfig.from_url(f"mqtt://127.0.0.1:{port}", client_id="driver", backoff=backoff, **RINGS)
+    with trio.fail_after(120):
+        async with MQTTDriver(config) as driver:
+            application = Application(driver, broker)
+            await application.start()
+
+            async def lose_and_regain(number: int) -> None:
+                before = driver.generation
+                if number % 3 == 2:
+                    driver.force_reconnect(even_if_live=True)
+                else:
+                    broker.drop(reset=number % 3 == 1)
+                    receipt = driver.publish_nowait("a/1", b"on the way", qos=1)
+                    await receipt.wait()
+                await driver.wait_live()
+                assert driver.generation == before + 1
+
+            for number in range(WARM_UP):
+                await lose_and_regain(number)
+            await application.use()
+            before = await Footprint.take(resident())
+            for number in range(300):
+                await lose_and_regain(number)
+            await application.use()
+            (await Footprint.take(resident())).assert_same(before)
+            assert driver.generation == 1 + WARM_UP + 300
+            assert not broker.violations
