@@ -162,7 +162,10 @@ async def perform(stage: Stage, *, restart: bool, patience: float) -> bool:
     validated = sum(event.kind == State.REPLAYING.value for event in status.history)
     stage.title("What came back")
     checks = [
-        check(status.state is State.LIVE and reconnects > 0, f"the link: {status.state.value}, generation {status.generation}"),
+        check(
+            status.state is State.LIVE and reconnects > 0,
+            f"the link: {status.state.value}, generation {status.generation}",
+        ),
         check(validated > reconnects > 0, f"the test publish: acknowledged on {validated} connections"),
         check(
             len(set(client_ids)) == status.generation > 1 and "_reconnect_" in client_ids[-1],

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import pytest
 import trio
 import trio.testing
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.peers import memory_config
 from trio_mqtt_driver import Message, MQTTDriver
@@ -32,7 +31,7 @@ def overlap_tests(broker: MemoryBroker) -> int:
 
 @pytest.mark.parametrize("overlapping", ["once", "copies"])
 @pytest.mark.parametrize(
-    ("version", "identifiers"), [("5", True), ("5", False), ("3.1.1", True)], ids=["5", "5-unmarked", "3.1.1"]
+    "version, identifiers", [("5", True), ("5", False), ("3.1.1", True)], ids=["5", "5-unmarked", "3.1.1"]
 )
 async def test_each_subscription_gets_a_message_once(
     autojump_clock: trio.testing.MockClock,

@@ -18,6 +18,7 @@ def deadlines() -> Deadlines:
     config = DriverConfig(endpoint=Endpoint(host="h", port=1), ping_timeout=10, ack_timeout=5)
     made = Deadlines(config, now=100.0)
     made.keep_alive = 30.0
+    made.live = True
     return made
 
 
@@ -101,3 +102,25 @@ def test_without_keep_alive_nothing_is_due(deadlines: Deadlines) -> None:
     deadlines.keep_alive = math.inf
     assert not deadlines.ping_due(1e9)
     assert deadlines.look_at(100.0, NOTHING_SENT) == math.inf
+
+
+def test_before_the_link_is_live_only_the_brokers_clock_runs(deadlines: Deadlines) -> None:
+    """Each step towards a live link has a deadline and an error of its own."""
+    deadlines.live = False
+    deadlines.pings.append(Ping(100.0, Reply()))
+    assert deadlines.overdue(1000.0, oldest_sent_at=100.0) is None
+    assert deadlines.look_at(100.0, oldest_sent_at=100.0) == 130.0
+    assert deadlines.ping_due(130.0)
+    deadlines.sent_at = 130.0
+    assert not deadlines.ping_due(131.0)
+    deadlines.live = True
+    assert isinstance(deadlines.overdue(131.0, oldest_sent_at=math.inf), KeepAliveError)
+
+
+def test_before_the_link_is_live_nothing_is_overdue_but_the_broker_hears_from_us(deadlines: Deadlines) -> None:
+    deadlines.live = False
+    ping(deadlines, 110.0)
+    assert deadlines.overdue(1000.0, 110.0) is None
+    assert not deadlines.ping_due(139.0)
+    assert deadlines.ping_due(140.0)
+    assert deadlines.look_at(110.0, 110.0) == 140.0

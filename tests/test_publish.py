@@ -75,7 +75,7 @@ async def test_a_refused_publish_raises(
 @pytest.mark.parametrize("reset", [False, True], ids=["eof", "reset"])
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize(
-    ("qos", "kind", "direction"),
+    "qos, kind, direction",
     [
         (1, Kind.PUBLISH, Direction.IN),
         (1, Kind.PUBACK, Direction.OUT),
@@ -135,7 +135,7 @@ async def test_order_per_topic_is_kept_across_reconnects(
     assert first_seen == [b"%03d" % number for number in range(count)]
 
 
-@pytest.mark.parametrize(("options", "size"), [({"receive_maximum": 7}, 7), ({"versions": (4,)}, 20)])
+@pytest.mark.parametrize("options, size", [({"receive_maximum": 7}, 7), ({"versions": (4,)}, 20)])
 async def test_the_window_is_what_the_broker_allows(
     autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, options: dict[str, object], size: int
 ) -> None:
@@ -247,7 +247,7 @@ async def test_the_outbox_is_bounded(autojump_clock: trio.testing.MockClock, bro
         broker.stop()
         for _ in range(3):
             driver.publish_nowait("t", b"x", qos=1)
-        with pytest.raises(OutboxFullError, match="3 messages.*outbox_messages=3"):
+        with pytest.raises(OutboxFullError, match=r"3 messages.*outbox_messages=3"):
             driver.publish_nowait("t", b"x", qos=1)
 
         async def publish(number: int) -> None:
@@ -318,7 +318,7 @@ async def test_a_driver_that_is_not_entered_or_was_left_takes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments, message",
     [
         ({"topic": "a/+"}, "topic.*wildcard"),
         ({"topic": ""}, "topic"),

@@ -8,7 +8,8 @@ import os
 import random
 import threading
 import tracemalloc
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import attrs
@@ -40,19 +41,20 @@ class Footprint:
     memory: int
 
     @classmethod
-    async def take(cls, memory: int) -> Footprint:
+    async def take(cls, measure: Callable[[], int]) -> Footprint:
         await settled()
+        for _ in range(3):
+            gc.collect()
         return cls(
             tasks=trio.lowlevel.current_statistics().tasks_living,
             threads=threading.active_count(),
             files=len(os.listdir("/dev/fd")),  # noqa: PTH208  # iterdir() would open one more
             connections=sum(isinstance(thing, Connection) for thing in gc.get_objects()),
-            memory=memory,
+            memory=measure(),
         )
 
     def assert_same(self, other: Footprint) -> None:
         assert attrs.evolve(self, memory=0) == attrs.evolve(other, memory=0)
-        print("DELTA", self.memory - other.memory, self)
         assert abs(self.memory - other.memory) < ALLOWED
 
 
@@ -70,14 +72,10 @@ def tracing() -> Generator[None, None, None]:
 
 
 def traced() -> int:
-    for _ in range(3):
-        gc.collect()
     return tracemalloc.get_traced_memory()[0]
 
 
 def resident() -> int:
-    for _ in range(3):
-        gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE")
 
@@ -86,13 +84,13 @@ class Application:
     """What is in use during all of it: handlers, an iterator, retained messages, publishes at every QoS."""
 
     def __init__(self, driver: MQTTDriver, broker: MemoryBroker) -> None:
-        self.handled = 0
+        self.kept: deque[Message[bytes]] = deque(maxlen=WARM_UP // 2)
         self._driver = driver
         self._broker = broker
 
     async def handle(self, message: Message[bytes]) -> None:
         await trio.lowlevel.checkpoint()
-        self.handled += 1
+        self.kept.append(message)
 
     async def start(self) -> None:
         for number in range(20):
@@ -136,11 +134,11 @@ async def test_a_thousand_reconnects_in_virtual_time(
         for _ in range(WARM_UP):
             await lose_and_regain()
         await application.use()
-        before = await Footprint.take(traced())
+        before = await Footprint.take(traced)
         for _ in range(1000):
             await lose_and_regain()
         await application.use()
-        after = await Footprint.take(traced())
+        after = await Footprint.take(traced)
         after.assert_same(before)
         assert after.connections == 1
         assert driver.generation == 1 + WARM_UP + 1000
@@ -174,10 +172,10 @@ async def test_reconnects_over_sockets(nursery: trio.Nursery) -> None:
             for number in range(WARM_UP):
                 await lose_and_regain(number)
             await application.use()
-            before = await Footprint.take(resident())
+            before = await Footprint.take(resident)
             for number in range(300):
                 await lose_and_regain(number)
             await application.use()
-            (await Footprint.take(resident())).assert_same(before)
+            (await Footprint.take(resident)).assert_same(before)
             assert driver.generation == 1 + WARM_UP + 300
             assert not broker.violations

@@ -107,17 +107,13 @@ class Connection:
         self._control: ControlPackets
         self._scope = trio.CancelScope()
         self._ended = False
-        self._refilling = False
-        # writing
         self._buffer: list[bytes] = []
         self._written = 0
         self._flushed = 0
         self._wake_writer = trio.Event()
-        # timing
         self._deadlines = Deadlines(config, trio.current_time())
         self._timer = trio.CancelScope()
         self._acknowledged = trio.Event()
-        # answers
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
         self._requests: dict[int, Request] = {}
         self._closing = False
@@ -278,16 +274,15 @@ class Connection:
         else:
             self._settle(outgoing, ReasonCode.SUCCESS)
 
-    def start_refill(self) -> None:
-        """From now on what waits in the outbox goes out; not before the subscriptions are replayed."""
-        self._refilling = True
+    def go_live(self) -> None:
+        """The subscriptions are replayed: from now on what waits in the outbox goes out."""
         self._deadlines.live = True
         self._expect_by(trio.current_time())
         self.refill()
 
     def refill(self) -> None:
         """Send from the outbox what the window and the write buffer have room for."""
-        if not self._refilling or self._closing:
+        if not self._deadlines.live or self._closing:
             return
         while self.has_room:
             outgoing = self._outbox.peek()

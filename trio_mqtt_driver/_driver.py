@@ -158,17 +158,27 @@ class MQTTDriver:
                 yield
         finally:
             self._left = True
-            self._registry.close()
             self._dispatcher.close_all()
-            self._outbox.close(
-                lambda outgoing: MessageLostError(f"the driver was left before {outgoing.topic!r} was acknowledged")
-            )
+            self._settle()
 
     async def _run(self) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._dispatcher.run)
             self._dispatching.set()
-            nursery.start_soon(self._supervisor.run)
+            nursery.start_soon(self._keep_connected)
+
+    async def _keep_connected(self) -> None:
+        try:
+            await self._supervisor.run()
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """No connection will come any more: whoever waits for one must know, also while the body still unwinds."""
+        self._registry.close()
+        self._outbox.close(
+            lambda outgoing: MessageLostError(f"the driver ended before {outgoing.topic!r} was acknowledged")
+        )
 
     async def _ready(self) -> None:
         # Not before: whoever enters in the background may subscribe at once.
@@ -267,6 +277,8 @@ class MQTTDriver:
         return Outgoing(topic, raw_topic, raw_payload, int(qos), retain, block, trio.current_time())
 
     def _submit(self, outgoing: Outgoing) -> None:
+        if self.state is State.CLOSED:
+            raise DriverClosedError("the driver has stopped for good") from self._supervisor.terminal
         connection = self._supervisor.connection if self.state is State.LIVE else None
         if connection is not None:
             error = publish_error(connection.limits, outgoing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 
 ConnectionCallback = Callable[[bool], object]
@@ -16,6 +17,7 @@ class Edges:
     def __init__(self) -> None:
         self._callbacks: dict[object, ConnectionCallback] = {}
         self._up = False
+        self._pending: deque[bool] = deque()
 
     def register(self, callback: ConnectionCallback) -> Callable[[], None]:
         """Call ``callback`` at each edge from now on; returns the function that ends that, any number of times."""
@@ -31,6 +33,19 @@ class Edges:
         if up == self._up:
             return
         self._up = up
+        self._pending.append(up)
+        if len(self._pending) > 1:
+            # A callback changed the link. It is told when all have heard of the present edge, so that all of them
+            # hear the edges in order; else the last word that some hear would be the wrong one.
+            return
+        try:
+            while self._pending:
+                self._call(self._pending[0])
+                self._pending.popleft()
+        finally:
+            self._pending.clear()
+
+    def _call(self, up: bool) -> None:
         for key in list(self._callbacks):
             callback = self._callbacks.get(key)  # an earlier one may have unregistered it
             if callback is None:

@@ -19,7 +19,7 @@ import logging
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import NoReturn, cast
 
 import trio
 
@@ -58,24 +58,30 @@ class Lifespan:
         ``stop(graceful)`` ends them: it must bound itself, and is shielded. ``graceful`` is False if the body raised.
         """
         body_error: BaseException | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._run, services)
-            try:
-                with self._body:
-                    await ready()
-                    yield
-            except BaseException as exc:  # noqa: BLE001, ASYNC103  # raised again below, once the services have ended
-                body_error = exc
-            with trio.CancelScope(shield=True):
-                await self._stop(stop, graceful=body_error is None and self._error is None)
-            self._services.cancel(reason="the driver is left")
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._run, services)
+                try:
+                    with self._body:
+                        await ready()
+                        yield
+                except BaseException as exc:  # noqa: BLE001, ASYNC103  # raised again below, when the services have ended
+                    body_error = exc
+                try:
+                    with trio.CancelScope(shield=True):
+                        await self._stop(stop, graceful=body_error is None and self._error is None)
+                finally:
+                    # Whatever happens in between, Ctrl-C too: nothing else would end what is shielded.
+                    self._services.cancel(reason="the driver is left")
+        except BaseExceptionGroup as exc:  # Ctrl-C, again perhaps, while the services were ending
+            raise _translate(exc) from exc
         error = self._error
         if body_error is not None:
             if error is not None and error is not body_error:
                 logger.error("the driver had stopped before the body raised", exc_info=error)
-            raise body_error
+            _raise(body_error)
         if error is not None:
-            raise error
+            _raise(error)
 
     async def _run(self, services: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -89,6 +95,16 @@ class Lifespan:
             await stop(graceful)
         except Exception as exc:  # noqa: BLE001  # a bug of ours must not keep the body's exception from leaving
             self.fail(_translate(exc))
+
+
+def _raise(error: BaseException) -> NoReturn:
+    """Raise an error with the context that it has; ``raise`` alone would put there what is being handled now."""
+    context = error.__context__
+    try:
+        raise error
+    finally:
+        error.__context__ = context
+        del error, context  # no cycle through this frame
 
 
 def _translate(exc: BaseException) -> BaseException:

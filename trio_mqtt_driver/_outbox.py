@@ -186,7 +186,8 @@ class Outbox:
     async def wait_empty(self) -> None:
         """Return when nothing is accepted and unsettled."""
         while self.accepted:
-            self._empty = trio.Event()
+            if self._empty.is_set():  # never replaced under somebody who waits for it
+                self._empty = trio.Event()
             await self._empty.wait()
 
     def close(self, error: Callable[[Outgoing], Exception]) -> int:

@@ -300,7 +300,8 @@ class Registry(Generic[M]):
 
         Raises ``DriverClosedError``.
         """
-        await leaving.done.wait()
+        if not self._closed:
+            await leaving.done.wait()
         if leaving.reason_code is None:
             self._check_open()
         assert leaving.reason_code is not None

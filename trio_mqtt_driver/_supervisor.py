@@ -174,8 +174,10 @@ class Supervisor:
         self._to(State.CONNECTING, f"connecting to {self.config.endpoint} (attempt {self._attempts})")
         try:
             config = await self._make_options()
-            if config.protocol != "auto" or config.endpoint in self._only_3_1_1:
-                return await self._connect(config, 5 if config.protocol == "5" else 4)
+            if config.protocol == "5" or config.authenticator is not None:  # 3.1.1 would go in without it
+                return await self._connect(config, 5)
+            if config.protocol == "3.1.1" or config.endpoint in self._only_3_1_1:
+                return await self._connect(config, 4)
             error = await self._connect(config, 5)
             if self.state is not State.CONNECTING or not self._may_be_3_1_1(error):
                 return error
@@ -259,6 +261,15 @@ class Supervisor:
             raise TransportError(f"no CONNACK from {config.endpoint} in connect_timeout={config.connect_timeout:g} s")
         version = "5" if connection.version == 5 else "3.1.1"
         self._to(State.VALIDATING, f"connected to {config.endpoint} with MQTT {version} as {connection.client_id!r}")
+        # The broker holds our will from here on: whoever gives the connection up now ends this scope only, so that
+        # DISCONNECT still goes out.
+        with trio.CancelScope() as self._attempt_scope:
+            await self._serve(connection)
+        with trio.move_on_after(config.disconnect_timeout):
+            await connection.disconnect()
+
+    async def _serve(self, connection: Connection) -> None:
+        """From CONNACK on, until somebody wants another connection or none."""
         words = await probe(connection)
         self._registry.begin()
         self._to(State.REPLAYING, f"{words}; replaying {len(self._registry)} subscriptions")
@@ -268,14 +279,12 @@ class Supervisor:
         self._go_live(connection)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_synchronised, connection)
-            with trio.move_on_after(config.backoff.stable_after):
+            with trio.move_on_after(connection.config.backoff.stable_after):
                 await self._end_session.wait()
             if not self._end_session.is_set():
                 self._backoff.stable()
                 await self._end_session.wait()
             nursery.cancel_scope.cancel(reason="the driver ends this connection")
-        with trio.move_on_after(config.disconnect_timeout):
-            await connection.disconnect()
 
     def _go_live(self, connection: Connection) -> None:
         self.generation += 1
@@ -295,7 +304,7 @@ class Supervisor:
             f"live: generation {self.generation}, {len(self._registry)} subscriptions{degraded}, "
             f"{len(self._outbox)} messages waiting",
         )
-        connection.start_refill()
+        connection.go_live()
 
     async def _keep_synchronised(self, connection: Connection) -> None:
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 import sys
+from typing import cast
 
 import trio
 
@@ -81,10 +82,10 @@ def _words(exc: BaseException) -> str:
         return f"certificate verify failed: {exc.verify_message}"
     if isinstance(exc, ssl.SSLError):
         return getattr(exc, "reason", None) or str(exc)
-    if isinstance(exc, OSError) and isinstance(exc.__cause__, BaseExceptionGroup):
+    cause: BaseException | None = exc.__cause__
+    if isinstance(exc, OSError) and isinstance(cause, BaseExceptionGroup):
         # "All attempts failed": Trio tries each address of a host and keeps the reasons in a group.
-        reasons = [
-            os.strerror(one.errno) for one in exc.__cause__.exceptions if isinstance(one, OSError) and one.errno
-        ]
+        group = cast("BaseExceptionGroup[BaseException]", cause)
+        reasons = [os.strerror(one.errno) for one in group.exceptions if isinstance(one, OSError) and one.errno]
         return "; ".join(dict.fromkeys(reasons)) or str(exc)
     return (exc.strerror if isinstance(exc, OSError) else "") or str(exc) or type(exc).__name__

@@ -194,14 +194,18 @@ class Message(Generic[T]):
         )
 
     def _done(self) -> None:
-        """One subscription is done with it; the last one acknowledges it on the connection that it came from."""
-        if not self.qos or self._source is None:
+        """One subscription is done with it; the last one acknowledges it on the connection that it came from.
+
+        It forgets that connection, since an application may keep a message for as long as it likes.
+        """
+        source, self._source = self._source, None
+        if not self.qos or source is None:
             return
         if self._pending is not None:
             self._pending[0] -= 1
             if self._pending[0]:
                 return
-        self._source.acknowledge(self)
+        source.acknowledge(self)
 
     def __repr__(self) -> str:
         payload = self.payload if len(self.payload) <= 64 else self.payload[:61] + b"..."

@@ -15,6 +15,7 @@ from trio_mqtt_driver.testing import (
     Connect,
     Disconnect,
     MemoryBroker,
+    PropertyValue,
     RawClient,
     Will,
     encode,
@@ -91,13 +92,13 @@ def authenticate(method: str, data: bytes) -> Generator[bytes, bytes, bytes | No
 
 
 def auth(data: bytes, reason_code: int = 0x18, method: str = "test") -> Auth:
-    properties = {"authentication_method": method, "authentication_data": data}
+    properties: dict[str, PropertyValue] = {"authentication_method": method, "authentication_data": data}
     return Auth(reason_code=reason_code, properties=properties)
 
 
 async def begin(broker: MemoryBroker, method: str = "test") -> RawClient:
     client = RawClient(await broker.connect_stream())
-    properties = {"authentication_method": method, "authentication_data": b"me"}
+    properties: dict[str, PropertyValue] = {"authentication_method": method, "authentication_data": b"me"}
     await client.send(Connect(client_id="c", properties=properties))
     return client
 

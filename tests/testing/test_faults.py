@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import trio
 import trio.testing
@@ -13,6 +15,7 @@ from trio_mqtt_driver.testing import (
     Connect,
     Direction,
     Disconnect,
+    Faults,
     Kind,
     MemoryBroker,
     Pingreq,
@@ -205,10 +208,11 @@ async def test_stop_reading(autojump_clock: trio.testing.MockClock, broker: Memo
     assert (await late.expect(Connack)).reason_code == 0
 
 
-async def test_stop_reading_only_once(broker: MemoryBroker) -> None:
-    with broker.faults.stop_reading(), pytest.raises(RuntimeError, match="already"), broker.faults.stop_reading():
+def test_stop_reading_only_once() -> None:
+    faults = Faults()
+    with faults.stop_reading(), pytest.raises(RuntimeError, match="already"), faults.stop_reading():
         pass
-    assert broker.faults.reading
+    assert faults.reading
 
 
 async def test_silence(autojump_clock: trio.testing.MockClock, broker: MemoryBroker) -> None:
@@ -292,7 +296,7 @@ async def test_server_disconnect(broker: MemoryBroker, version: int) -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 async def test_restart(broker: MemoryBroker, keep: bool) -> None:
-    options = {"clean_start": False, "properties": {"session_expiry": 100}}
+    options: dict[str, Any] = {"clean_start": False, "properties": {"session_expiry": 100}}
     client = await join(broker, "c", will=WILL, **options)
     await subscribe(client, "t", qos=1)
     broker.publish("r", b"x", retain=True)
@@ -342,8 +346,9 @@ async def test_two_rules_for_one_packet(broker: MemoryBroker) -> None:
     assert (drop.seen, cut.seen) == (2, 2)
 
 
-async def test_rules_that_cannot_be(broker: MemoryBroker) -> None:
+def test_rules_that_cannot_be() -> None:
+    faults = Faults()
     with pytest.raises(ValueError, match="direction: SUBACK never comes from the client"):
-        broker.faults.drop(Kind.SUBACK, direction=Direction.IN)
+        faults.drop(Kind.SUBACK, direction=Direction.IN)
     with pytest.raises(ValueError, match="reason_code must be a refusal, 0x80 … 0xff, not 0x05"):
-        broker.faults.refuse_connect(5)
+        faults.refuse_connect(5)

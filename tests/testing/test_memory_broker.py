@@ -16,6 +16,7 @@ from trio_mqtt_driver.testing import (
     Packet,
     Pingreq,
     Pingresp,
+    PropertyValue,
     Publish,
     Subscribe,
     SubscriptionRequest,
@@ -231,7 +232,7 @@ async def test_a_shared_group_takes_turns_and_skips_the_absent(broker: MemoryBro
 async def test_properties_travel_and_expiry_counts_down(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker
 ) -> None:
-    properties = {
+    properties: dict[str, PropertyValue] = {
         "payload_format": 1,
         "message_expiry": 100,
         "content_type": "text/plain",
@@ -447,6 +448,7 @@ async def test_records_are_bounded(nursery: trio.Nursery) -> None:
     broker = MemoryBroker(nursery, history=10)
     for number in range(30):
         broker.publish(f"t/{number}")
+    await broker.wait_for_publish("t/29")
     assert [entry.topic for entry in broker.published] == [f"t/{number}" for number in range(20, 30)]
 
 
@@ -502,7 +504,7 @@ async def test_sending_whatever_one_likes(broker: MemoryBroker) -> None:
         broker.send("nobody", b"")
 
 
-async def test_wrong_arguments(nursery: trio.Nursery) -> None:
+async def test_options_are_checked_and_may_change(nursery: trio.Nursery) -> None:
     with pytest.raises(ValueError, match="receive_maximum must be in 1 … 65535, not 0"):
         MemoryBroker(nursery, receive_maximum=0)
     with pytest.raises(ValueError, match="versions must be one or both of 4"):
@@ -512,6 +514,9 @@ async def test_wrong_arguments(nursery: trio.Nursery) -> None:
         broker.publish("t", qos=3)
     with pytest.raises(ValueError, match="maximum_qos must be in 0 … 2, not 3"):
         broker.options.maximum_qos = 3
+    broker.options.maximum_qos = 1
+    _, connack = await knock(broker, "c")
+    assert connack.properties["maximum_qos"] == 1
 
 
 async def test_a_hundred_thousand_messages(broker: MemoryBroker) -> None:

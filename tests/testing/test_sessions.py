@@ -270,7 +270,7 @@ async def test_the_server_keep_alive_wins(autojump_clock: trio.testing.MockClock
 
 async def test_no_keep_alive(autojump_clock: trio.testing.MockClock, broker: MemoryBroker) -> None:
     await join(broker, "c", keep_alive=0)
-    await trio.sleep(100_000)
+    await trio.sleep(10_000)
     assert broker.clients == ["c"]
 
 

@@ -154,10 +154,11 @@ connect_properties = st.fixed_dictionaries(
 
 def with_version(strategy: Any, properties: Any) -> Any:
     """(packet, version) pairs: properties only with version 5."""
-    return st.one_of(
-        st.tuples(strategy({}), st.just(4)),
-        properties.flatmap(lambda values: st.tuples(strategy(values), st.just(5))),
-    )
+
+    def five(values: Any) -> Any:
+        return st.tuples(strategy(values), st.just(5))
+
+    return st.one_of(st.tuples(strategy({}), st.just(4)), properties.flatmap(five))
 
 
 def publishes(properties: Mapping[str, Any]) -> st.SearchStrategy[Publish]:

@@ -30,8 +30,8 @@ from ._packets import (
     Will as Will,
 )
 from ._pipe import PipeStream as PipeStream, open_pipe as open_pipe
-from ._properties import Kind as Kind, WireError as WireError
+from ._properties import Kind as Kind, Properties as Properties, PropertyValue as PropertyValue, WireError as WireError
 from ._raw_client import RawClient as RawClient
 from ._session import Published as Published, Session as Session, Subscription as Subscription
-from ._state import AuthenticationRefusedError as AuthenticationRefusedError
+from ._state import AuthenticationRefusedError as AuthenticationRefusedError, BrokerOptions as BrokerOptions
 from ._wire import Decoder as Decoder, encode as encode

@@ -78,7 +78,8 @@ class Link:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._write)
-                self._reading.deadline = trio.current_time() + _CONNECT_DEADLINE
+                self._heard = trio.current_time()
+                nursery.start_soon(self._watch, _CONNECT_DEADLINE, self._watching)
                 with self._reading:
                     await self._read()
                 self.close()
@@ -108,9 +109,10 @@ class Link:
 
     def enforce_keep_alive(self, seconds: float) -> None:
         """From CONNECT on: the deadline for it ends, that of the keep alive begins (0 is none)."""
-        self._reading.deadline = math.inf
+        self._watching.cancel(reason="CONNECT has come")
+        self._watching = trio.CancelScope()
         if seconds and self._nursery is not None:
-            self._nursery.start_soon(self._watch, 1.5 * seconds)
+            self._nursery.start_soon(self._watch, 1.5 * seconds, self._watching)
 
     # -- out --
 
@@ -232,10 +234,10 @@ class Link:
             return Action.PASS, None
         return self._faults.judge(packet, direction, self.client_id)
 
-    async def _watch(self, limit: float) -> None:
+    async def _watch(self, limit: float, watching: trio.CancelScope) -> None:
         """Close the connection when nothing came for ``limit`` seconds [MQTT-3.1.2-22]."""
         await trio.lowlevel.checkpoint()
-        with self._watching:
+        with watching:
             while not self._closed:
                 await trio.sleep_until(self._heard + limit)
                 if self._closed or self.silent:

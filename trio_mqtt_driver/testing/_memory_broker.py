@@ -119,7 +119,7 @@ class MemoryBroker:
         if self.down:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused: the memory broker is down")
         client, server = open_pipe()
-        self._nursery.start_soon(self._serve, server)
+        self._nursery.start_soon(self._serve, self._accept(server))
         return client
 
     async def listen(self) -> int:
@@ -136,11 +136,15 @@ class MemoryBroker:
             reset_stream(stream)
             await trio.lowlevel.checkpoint()
         else:
-            await self._serve(stream)
+            await self._serve(self._accept(stream))
 
-    async def _serve(self, stream: trio.abc.Stream) -> None:
+    def _accept(self, stream: trio.abc.Stream) -> ServerConnection:
+        # Known from now on, so that stop() ends it even before its task has run.
         connection = ServerConnection(self._state, stream)
         self._open.add(connection)
+        return connection
+
+    async def _serve(self, connection: ServerConnection) -> None:
         try:
             await connection.link.run()
         finally:

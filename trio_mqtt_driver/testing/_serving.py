@@ -94,7 +94,7 @@ class ServerConnection:
             self.disconnect(error.reason_code)
 
     def timed_out(self) -> None:
-        if self.version == 5:
+        if self.version == 5 and self._session is not None:
             self.link.send(Disconnect(reason_code=0x8D))
 
     def closed(self) -> None:

@@ -1,0 +1,225 @@
+"""The exchanges of QoS 1 and 2 that are open on a connection: identifiers, windows, order, a broker that errs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, strategies as st
+
+from trio_mqtt_driver import ProtocolError
+from trio_mqtt_driver._inflight import IncomingWindow, OutgoingWindow, PacketIds
+from trio_mqtt_driver._outbox import Outgoing
+from trio_mqtt_driver._packets import PUBACK, PUBCOMP, PUBREC, PUBREL, encode_ack
+from trio_mqtt_driver._types import Message
+
+
+def outgoing(qos: int = 1, topic: str = "a") -> Outgoing:
+    return Outgoing(topic, topic.encode(), b"", qos, False, b"\0", 0.0)
+
+
+def window(size: int = 10) -> OutgoingWindow:
+    return OutgoingWindow(PacketIds(), size)
+
+
+def send(sending: OutgoingWindow, *messages: Outgoing) -> list[int]:
+    """Each message takes ten bytes of the wire."""
+    ids: list[int] = []
+    for message in messages:
+        ids.append(sending.add(message))
+        sending.written(message, ids[-1] * 10)
+    return ids
+
+
+# -- packet identifiers ---------------------------------------------------------------------------------------------
+
+
+def test_packet_identifiers_begin_with_1_and_wrap_round_without_0() -> None:
+    ids = PacketIds()
+    first = ids.allocate()
+    assert first == 1
+    for expected in range(2, 65536):
+        assert ids.allocate() == expected
+        ids.release(expected)
+    assert ids.allocate() == 2  # 1 is still in use
+    ids.release(first)
+
+
+def test_a_packet_identifier_in_use_is_not_given_twice() -> None:
+    ids = PacketIds()
+    assert len({ids.allocate() for _ in range(65535)}) == 65535
+    with pytest.raises(RuntimeError, match="all 65535 packet identifiers are in use"):
+        ids.allocate()
+    ids.release(4711)
+    assert ids.allocate() == 4711
+
+
+# -- outgoing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_puback_ends_qos_1_and_frees_its_place() -> None:
+    sending = window(2)
+    message = outgoing(1)
+    (packet_id,) = send(sending, message)
+    assert (len(sending), sending.free) == (1, 1)
+    assert sending.acknowledge(PUBACK, packet_id, 0, 1.0) == (message, b"")
+    assert (len(sending), sending.free) == (0, 2)
+
+
+def test_qos_2_goes_by_pubrec_pubrel_and_pubcomp() -> None:
+    sending = window()
+    message = outgoing(2)
+    (packet_id,) = send(sending, message)
+    assert sending.acknowledge(PUBREC, packet_id, 0, 1.0) == (None, encode_ack(PUBREL, packet_id))
+    assert len(sending) == 1
+    assert sending.acknowledge(PUBREC, packet_id, 0, 2.0) == (None, encode_ack(PUBREL, packet_id))
+    assert sending.acknowledge(PUBCOMP, packet_id, 0, 3.0) == (message, b"")
+    assert len(sending) == 0
+
+
+@pytest.mark.parametrize("code", [0x80, 0x97])
+def test_a_pubrec_with_a_refusal_ends_qos_2(code: int) -> None:
+    sending = window()
+    message = outgoing(2)
+    (packet_id,) = send(sending, message)
+    assert sending.acknowledge(PUBREC, packet_id, code, 1.0) == (message, b"")
+    assert len(sending) == 0
+
+
+def test_an_identifier_is_used_again_only_after_its_exchange() -> None:
+    ids = PacketIds()
+    sending = OutgoingWindow(ids, 10)
+    (packet_id,) = send(sending, outgoing(2))
+    sending.acknowledge(PUBREC, packet_id, 0, 1.0)
+    others = [ids.allocate() for _ in range(65534)]
+    assert packet_id not in others
+    sending.acknowledge(PUBCOMP, packet_id, 0, 2.0)
+    assert ids.allocate() == packet_id
+
+
+@pytest.mark.parametrize(
+    "first, answer",
+    [(PUBACK, b""), (PUBREC, encode_ack(PUBREL, 9)), (PUBCOMP, b"")],
+)
+def test_an_acknowledgement_of_nothing_is_tolerated(first: int, answer: bytes) -> None:
+    assert window().acknowledge(first, 9, 0, 1.0) == (None, answer)
+
+
+@pytest.mark.parametrize(
+    "qos, first, words",
+    [
+        (1, PUBREC, "PUBREC for packet identifier 1, which was published with QoS 1"),
+        (2, PUBACK, "PUBACK for packet identifier 1, which was published with QoS 2"),
+        (1, PUBCOMP, "PUBCOMP for packet identifier 1 before its PUBREC"),
+        (2, PUBCOMP, "PUBCOMP for packet identifier 1 before its PUBREC"),
+    ],
+)
+def test_an_acknowledgement_of_the_wrong_kind_is_a_protocol_error(qos: int, first: int, words: str) -> None:
+    sending = window()
+    send(sending, outgoing(qos))
+    with pytest.raises(ProtocolError, match=words):
+        sending.acknowledge(first, 1, 0, 1.0)
+
+
+def test_an_acknowledgement_is_due_only_after_the_last_byte_has_left() -> None:
+    sending = window()
+    assert sending.oldest_sent_at == math.inf
+    send(sending, outgoing(), outgoing(), outgoing())
+    sending.flushed(9, 1.0)
+    assert sending.oldest_sent_at == math.inf
+    sending.flushed(20, 2.0)
+    assert sending.oldest_sent_at == 2.0
+    sending.acknowledge(PUBACK, 1, 0, 3.0)
+    sending.acknowledge(PUBACK, 2, 0, 3.0)
+    assert sending.oldest_sent_at == math.inf  # the third is still in the write buffer
+    sending.flushed(30, 4.0)
+    assert sending.oldest_sent_at == 4.0
+
+
+def test_a_pubrec_gives_the_broker_time_again() -> None:
+    sending = window()
+    send(sending, outgoing(2))
+    sending.flushed(10, 1.0)
+    sending.acknowledge(PUBREC, 1, 0, 6.0)
+    assert sending.oldest_sent_at == 6.0
+
+
+def test_what_was_not_acknowledged_is_taken_back_in_the_order_of_sending() -> None:
+    sending = window()
+    messages = [outgoing(qos, topic=str(number)) for number, qos in enumerate((1, 2, 1, 2, 2))]
+    ids = send(sending, *messages)
+    sending.acknowledge(PUBREC, ids[3], 0, 1.0)
+    sending.acknowledge(PUBREC, ids[1], 0, 1.0)
+    sending.acknowledge(PUBACK, ids[2], 0, 1.0)
+    assert [message.topic for message in sending.take_back()] == ["0", "1", "3", "4"]
+    assert len(sending) == 0
+    assert sending.take_back() == []
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([PUBACK, PUBREC, PUBCOMP]), st.integers(1, 6), st.sampled_from([0, 0x10, 0x87])),
+        max_size=30,
+    ),
+    st.lists(st.integers(1, 2), max_size=6),
+)
+def test_every_message_comes_out_of_the_window_once_whatever_the_broker_acknowledges(
+    acknowledgements: list[tuple[int, int, int]], levels: list[int]
+) -> None:
+    sending = window()
+    messages = [outgoing(qos) for qos in levels]
+    send(sending, *messages)
+    ended: list[Outgoing] = []
+    for first, packet_id, code in acknowledgements:
+        try:
+            done, _ = sending.acknowledge(first, packet_id, code, 1.0)
+        except ProtocolError:
+            break
+        if done is not None:
+            ended.append(done)
+        assert len(sending) == len(messages) - len(ended)
+    out = ended + sending.take_back()
+    assert sorted(map(id, out)) == sorted(map(id, messages))
+
+
+# -- incoming -------------------------------------------------------------------------------------------------------
+
+
+def incoming(qos: int, packet_id: int = 1) -> Message[object]:
+    return Message("a", b"", qos, packet_id=packet_id)
+
+
+def test_qos_1_is_acknowledged_by_puback() -> None:
+    receiving = IncomingWindow(10)
+    message = incoming(1)
+    assert receiving.publish(message) == (True, b"")
+    assert len(receiving) == 1
+    assert receiving.acknowledge(message) == encode_ack(PUBACK, 1)
+    assert len(receiving) == 0
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_qos_2_is_delivered_once_however_often_it_comes(version: int) -> None:
+    receiving = IncomingWindow(10)
+    message = incoming(2)
+    assert receiving.publish(message) == (True, b"")
+    assert receiving.publish(incoming(2)) == (False, b"")  # PUBREC comes when the handler is done
+    assert receiving.acknowledge(message) == encode_ack(PUBREC, 1)
+    assert receiving.publish(incoming(2)) == (False, encode_ack(PUBREC, 1))
+    assert len(receiving) == 1
+    assert receiving.release(1, version) == encode_ack(PUBCOMP, 1)
+    assert len(receiving) == 0
+    assert receiving.publish(incoming(2)) == (True, b"")  # the identifier is free for another message
+
+
+def test_a_pubrel_before_the_pubrec_is_a_protocol_error() -> None:
+    receiving = IncomingWindow(10)
+    receiving.publish(incoming(2))
+    with pytest.raises(ProtocolError, match="PUBREL for packet identifier 1 before its PUBREC"):
+        receiving.release(1, 5)
+
+
+def test_a_pubrel_of_nothing_is_completed() -> None:
+    receiving = IncomingWindow(10)
+    assert receiving.release(7, 4) == encode_ack(PUBCOMP, 7)
+    assert receiving.release(7, 5) == encode_ack(PUBCOMP, 7, 0x92)
