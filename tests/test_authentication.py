@@ -138,6 +138,6 @@ async def test_user_name_and_password(
     async with MQTTDriver(memory_config(broker, protocol=protocol, username="u", password="p")) as driver:
         await driver.publish("a", b"x", qos=1)
         assert "'p'" not in repr(driver.config)
-    with pytest.raises(RefusedError, match="check username and password|not authorized"):
+    with pytest.raises(RefusedError, match=r"check username and password|not authorized"):
         async with MQTTDriver(memory_config(broker, protocol=protocol, username="u", password="wrong")):
             raise AssertionError("entered")

@@ -6,7 +6,7 @@ left behind.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -91,7 +91,7 @@ OPERATIONS: list[Operation] = [
 
 
 @asynccontextmanager
-async def running_driver(broker: MemoryBroker) -> AsyncIterator[MQTTDriver]:
+async def running_driver(broker: MemoryBroker) -> AsyncGenerator[MQTTDriver, None]:
     before = tasks()
     async with MQTTDriver(memory_config(broker)) as driver:
         await driver.subscribe("before/#", print, qos=1)
@@ -124,8 +124,9 @@ async def run_until(
     broker = MemoryBroker(nursery)
     completed = False
     async with running_driver(broker) as driver:
-        with trio.CancelScope() as scope:
-            instrument = AtStep(step, broker.drop if cut else scope.cancel)
+        scope = trio.CancelScope()
+        instrument = AtStep(step, broker.drop if cut else scope.cancel)
+        with scope:
             trio.lowlevel.add_instrument(instrument)
             try:
                 await operation(driver)
@@ -211,8 +212,9 @@ async def test_entering_cancelled_at_each_checkpoint(
         step += 1
         inside = False
         driver = MQTTDriver(memory_config(broker))
-        with trio.CancelScope() as scope:
-            instrument = AtStep(step, scope.cancel)
+        scope = trio.CancelScope()
+        instrument = AtStep(step, scope.cancel)
+        with scope:
             trio.lowlevel.add_instrument(instrument)
             try:
                 await driver.__aenter__()

@@ -257,7 +257,7 @@ def test_an_endpoint_is_written_as_a_url() -> None:
 )
 def test_a_will_that_mqtt_cannot_carry_is_refused(options: Mapping[str, Any], words: str) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
-        Will(**dict({"topic": "a"}, **options))
+        attrs.evolve(Will(topic="a"), **options)
     assert words in str(caught.value)
 
 

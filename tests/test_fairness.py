@@ -86,9 +86,6 @@ async def test_a_publisher_that_never_waits_does_not_starve_the_reader(
     async with MQTTDriver(memory_config(broker)) as driver:
         await driver.subscribe("in", received.append)
         broker.publish("in", b"x")
-        for sent in range(1000):
+        for _ in range(100):
             await driver.publish("out", b"y")
-            if received:
-                break
         assert received
-        assert sent < 100

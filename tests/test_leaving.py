@@ -118,6 +118,7 @@ async def test_a_dead_broker_does_not_hold_up_the_end(
 ) -> None:
     config = config_for(broker, disconnect_timeout=3, drain_timeout=4, ack_timeout=math.inf)
     with trio.move_on_after(1000 if how != "cancelled" else 1) as scope:
+        await trio.lowlevel.checkpoint()
         try:
             async with MQTTDriver(config) as driver:
                 broker.silence()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -197,8 +198,8 @@ async def test_the_order_on_the_wire_is_connect_probe_subscriptions_outbox(
         receipts = [driver.publish_nowait("out", str(number), qos=qos) for number, qos in enumerate((1, 0, 2))]
         broker.start()
         await reconnected(driver, 2)
-        with trio.fail_after(5):
-            for receipt in receipts:
+        for receipt in receipts:
+            with trio.fail_after(5):
                 await receipt.wait()
         packets = [packet for sender, packet in broker.received if sender == driver.client_id]
     assert [packet.kind for packet in packets][:6] == [
@@ -235,7 +236,7 @@ async def test_no_step_begins_before_the_one_before_is_answered(
         sent = [Kind.CONNECT]
         states = (State.CONNECTING, State.VALIDATING, State.REPLAYING)
         for hold, state, following in zip(holds, states, (Kind.PUBLISH, Kind.SUBSCRIBE, Kind.PUBLISH), strict=True):
-            await broker.wait_for(lambda hold=hold: hold.held, "held packet")
+            await broker.wait_for(partial(getattr, hold, "held"), "held packet")
             await settled()
             assert driver.state is state
             assert kinds(broker, broker.connects[-1].client_id) == sent

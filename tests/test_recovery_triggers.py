@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -250,7 +251,7 @@ async def test_acknowledgements_that_come_slowly_but_in_time_do_not_end_the_link
     async with MQTTDriver(config_for(broker)) as driver, trio.open_nursery() as nursery:
         with broker.faults.hold(Kind.PUBACK) as hold:
             for number in range(10):
-                nursery.start_soon(lambda number=number: driver.publish("out", str(number), qos=1))
+                nursery.start_soon(partial(driver.publish, "out", str(number), qos=1))
                 await trio.sleep(4)
                 hold.release()
         assert driver.generation == 1

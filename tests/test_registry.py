@@ -113,6 +113,20 @@ def test_a_filter_that_the_broker_was_never_told_of_leaves_without_unsubscribe()
     assert wanted.leaving == []
 
 
+def test_a_filter_that_left_and_came_back_is_subscribed_after_its_unsubscribe() -> None:
+    """Else the broker would forget it, while the registry holds it for granted."""
+    wanted = registry()
+    registration, _ = wanted.add("a", options(), "m1")
+    grant_all(wanted)
+    wanted.remove(registration, "m1")
+    wanted.add("a", options(), "m2")
+    assert wanted.leaving == ["a"]
+    assert wanted.take_due(size=10, max_bytes=None) == []
+    wanted.left("a", OK)
+    (batch,) = wanted.take_due(size=10, max_bytes=None)
+    assert [each.topic_filter for each in batch.registrations] == ["a"]
+
+
 def test_matching_follows_what_is_wanted() -> None:
     wanted = registry()
     version = wanted.version

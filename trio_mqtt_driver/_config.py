@@ -174,7 +174,7 @@ class DriverConfig:
     """All options of an ``MQTTDriver``. Immutable; ``evolve()`` makes a changed copy."""
 
     endpoint: Endpoint = attrs.field(validator=instance(Endpoint))
-    client_id: str = attrs.field(factory=lambda: default_base(random.Random()), validator=text)
+    client_id: str = attrs.field(factory=lambda: default_base(random.Random()), validator=[instance(str), text])
     """Base of the client ID; each connection gets ``{base}_{ms}``, later ones ``{base}_reconnect_{ms}``."""
     client_id_factory: Callable[[str, int, float], str] | None = attrs.field(default=None, validator=optional_callable)
     """``(base, generation, wall-clock seconds) -> client ID``, for brokers with rules of their own."""

@@ -111,7 +111,7 @@ class Connection:
         self._written = 0
         self._flushed = 0
         self._wake_writer = trio.Event()
-        self._deadlines = Deadlines(config, trio.current_time())
+        self.deadlines = Deadlines(config, trio.current_time())
         self._timer = trio.CancelScope()
         self._acknowledged = trio.Event()
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
@@ -158,7 +158,7 @@ class Connection:
 
     def _settle_all(self) -> None:
         error = self.cause or ConnectionLostError("the connection was closed")
-        for ping in self._deadlines.pings:
+        for ping in self.deadlines.pings:
             ping.reply.fail(error)
         for request in self._requests.values():
             request.reply.fail(error)
@@ -189,8 +189,8 @@ class Connection:
         window = limits.receive_maximum if self.version == 5 else _WINDOW_3_1_1
         self._outgoing.size = min(self.config.in_flight, window)
         seconds = self.config.keep_alive if limits.server_keep_alive is None else limits.server_keep_alive
-        self._deadlines.keep_alive = seconds or math.inf
-        self._expect_by(trio.current_time() + self._deadlines.keep_alive)
+        self.deadlines.keep_alive = seconds or math.inf
+        self._expect_by(trio.current_time() + self.deadlines.keep_alive)
 
     @property
     def marks_copies(self) -> bool:
@@ -218,8 +218,8 @@ class Connection:
         """Send PINGREQ; the reply is the round trip in seconds."""
         now = trio.current_time()
         ping = Ping(now, Reply())
-        self._deadlines.pings.append(ping)
-        self._deadlines.sent_at = now
+        self.deadlines.pings.append(ping)
+        self.deadlines.sent_at = now
         self._write(PINGREQ_PACKET)
         self._expect_by(now + self.config.ping_timeout)
         return ping.reply
@@ -238,7 +238,7 @@ class Connection:
     @property
     def heard_at(self) -> float:
         """When anything last arrived from the broker, on Trio's clock."""
-        return self._deadlines.heard_at
+        return self.deadlines.heard_at
 
     @property
     def in_flight(self) -> int:
@@ -276,13 +276,13 @@ class Connection:
 
     def go_live(self) -> None:
         """The subscriptions are replayed: from now on what waits in the outbox goes out."""
-        self._deadlines.live = True
+        self.deadlines.live = True
         self._expect_by(trio.current_time())
         self.refill()
 
     def refill(self) -> None:
         """Send from the outbox what the window and the write buffer have room for."""
-        if not self._deadlines.live or self._closing:
+        if not self.deadlines.live or self._closing:
             return
         while self.has_room:
             outgoing = self._outbox.peek()
@@ -335,7 +335,7 @@ class Connection:
                     if not self._closing:
                         self.fail(lost(exc, "writing to the broker"))
                     return
-                now = self._deadlines.sent_at = trio.current_time()
+                now = self.deadlines.sent_at = trio.current_time()
                 self._flushed += len(piece)
                 self._counters.bytes_out += len(piece)
                 self._outgoing.flushed(self._flushed, now)
@@ -354,7 +354,7 @@ class Connection:
             if not data:
                 self._gone(ConnectionLostError("the broker closed the connection"))
                 return
-            self._deadlines.heard_at = trio.current_time()
+            self.deadlines.heard_at = trio.current_time()
             self._counters.bytes_in += len(data)
             messages: list[Message[Any]] = []
             try:
@@ -371,7 +371,8 @@ class Connection:
             self.refill()
             if self._inbox.crowded:
                 await self._inbox.give_way()
-            if self._inbox.full or len(self._incoming) > self._incoming.maximum:
+            # Only for messages of this link: a queue that is full since the last one must not hide the handshake.
+            if messages and (self._inbox.full or len(self._incoming) > self._incoming.maximum):
                 await self._pause()
 
     def _gone(self, error: MQTTDriverError) -> None:
@@ -380,13 +381,13 @@ class Connection:
             self.fail(error)
 
     async def _pause(self) -> None:
-        self._deadlines.paused = True
+        self.deadlines.paused = True
         while self._inbox.full:
             await self._inbox.wait_room()
         while len(self._incoming) > self._incoming.maximum:
             self._acknowledged = trio.Event()
             await self._acknowledged.wait()
-        self._deadlines.resume(trio.current_time())
+        self.deadlines.resume(trio.current_time())
 
     def _take(self, packet: Packet, messages: list[Message[Any]]) -> None:
         if isinstance(packet, Message):
@@ -445,8 +446,8 @@ class Connection:
         if packet[0] == PINGRESP:
             if len(packet) != 2:
                 raise ProtocolError("malformed packet: PINGRESP with a body [MQTT-3.13.1]")
-            if self._deadlines.pings:
-                ping = self._deadlines.pings.popleft()
+            if self.deadlines.pings:
+                ping = self.deadlines.pings.popleft()
                 self.round_trip = trio.current_time() - ping.sent_at
                 ping.reply.set(self.round_trip)
             return
@@ -489,10 +490,10 @@ class Connection:
         while True:
             with trio.CancelScope() as self._timer:
                 now = trio.current_time()
-                if self._deadlines.ping_due(now):
+                if self.deadlines.ping_due(now):
                     self.ping()
-                error = self._deadlines.overdue(now, self._outgoing.oldest_sent_at)
+                error = self.deadlines.overdue(now, self._outgoing.oldest_sent_at)
                 if error is not None:
                     self.fail(error)
-                self._timer.deadline = self._deadlines.look_at(now, self._outgoing.oldest_sent_at)
+                self._timer.deadline = self.deadlines.look_at(now, self._outgoing.oldest_sent_at)
                 await trio.sleep_forever()

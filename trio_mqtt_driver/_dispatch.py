@@ -165,6 +165,8 @@ class Dispatcher:
             nursery.start_soon(self._handle, subscription)
         try:
             code = await self._registry.wait_answer(registration, revision)
+            if subscription not in self._open:
+                raise DriverClosedError(f"the subscription of {subscription.topic_filter!r} was ended meanwhile")
             if code.is_failure:
                 raise SubscribeError(
                     f"the broker refused to subscribe to {subscription.topic_filter!r}: {code}",

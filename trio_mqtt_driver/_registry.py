@@ -189,6 +189,7 @@ class Registry(Generic[M]):
         self.version += 1
         if registration.members:
             return None
+        registration.changed.set()  # nobody will answer who still waits
         topic_filter = registration.topic_filter
         del self._wanted[topic_filter]
         self._due.pop(topic_filter, None)
@@ -246,12 +247,14 @@ class Registry(Generic[M]):
         leaving.done.set()
 
     def take_due(self, *, size: int, max_bytes: int | None) -> list[Batch[M]]:
-        """Everything that is due, as SUBSCRIBE packets of at most ``size`` filters and ``max_bytes``."""
+        """What is due, as SUBSCRIBE packets of at most ``size`` filters and ``max_bytes``."""
         groups: dict[tuple[int | None, tuple[tuple[str, str], ...]], list[Registration[M]]] = {}
-        for registration in self._due.values():
+        # A filter that left and came back stays due until its UNSUBSCRIBE is answered, which would undo its SUBSCRIBE.
+        due = [registration for topic_filter, registration in self._due.items() if topic_filter not in self._leaving]
+        for registration in due:
+            del self._due[registration.topic_filter]
             key = (registration.identifier, registration.options.user_properties)
             groups.setdefault(key, []).append(registration)
-        self._due.clear()
         batches: list[Batch[M]] = []
         for (identifier, user_properties), registrations in groups.items():
             overhead = 16 + sum(8 + len(name.encode()) + len(value.encode()) for name, value in user_properties)
@@ -291,6 +294,8 @@ class Registry(Generic[M]):
         """
         while registration.answered < revision:
             self._check_open()
+            if not registration.members:
+                raise DriverClosedError(f"the subscription of {registration.topic_filter!r} was ended meanwhile")
             await registration.changed.wait()
         assert registration.reason_code is not None
         return registration.reason_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import trio
 
@@ -10,6 +11,12 @@ from trio_mqtt_driver import Message, MQTTDriver, PublishResult, State
 from trio_mqtt_driver.testing import FaultProxy, Mosquitto
 
 pytestmark = pytest.mark.broker
+
+
+@attrs.frozen
+class Numbered:
+    text: str
+    number: int
 
 
 class Numbers:
@@ -55,7 +62,7 @@ class Load:
 
 
 @pytest.mark.smoke
-async def test_killed_and_restarted_under_load_nothing_that_was_acknowledged_is_missing(ground: Ground) -> None:
+async def test_killed_and_restarted_under_load_the_driver_loses_nothing_that_was_acknowledged(ground: Ground) -> None:
     numbers = Numbers()
     with trio.fail_after(40):
         async with MQTTDriver(ground.config()) as driver:
@@ -75,16 +82,23 @@ async def test_killed_and_restarted_under_load_nothing_that_was_acknowledged_is_
             await driver.publish("numbers", "0", qos=1)
             while 0 not in numbers.seen:
                 await numbers.wait_count(len(numbers.seen) + 1)
-    results = load.results
-    missing = sorted(results.keys() - numbers.seen.keys())
-    # A broker may acknowledge a message before it passes it on, and be killed in between: that one is its own loss.
-    last = {
-        number
-        for generation in (1, 2)
-        for number in sorted(number for number, result in results.items() if result.generation == generation)[-20:]
+            assert driver.status().counters["messages_in"] == sum(numbers.seen.values())
+    acknowledged: dict[int, list[int]] = {1: [], 2: [], 3: []}
+    for number, result in load.results.items():
+        acknowledged[result.generation].append(number)
+    assert all(acknowledged.values())
+    missing = {
+        generation: [number for number in of_generation if number not in numbers.seen]
+        for generation, of_generation in acknowledged.items()
     }
-    assert set(missing) <= (set() if isinstance(ground.broker, Mosquitto) else last)
-    assert {result.generation for result in results.values()} == {1, 2, 3}
+    assert not missing[3]
+    for generation in (1, 2):
+        # Some brokers acknowledge a message before they pass it on. What they have not passed on when they are killed
+        # is lost there: the end of what they acknowledged, and nothing from its midst.
+        if isinstance(ground.broker, Mosquitto):
+            assert not missing[generation]
+        arrived = set(acknowledged[generation]) & numbers.seen.keys()
+        assert not missing[generation] or max(arrived) < min(missing[generation])
 
 
 async def test_a_suspended_broker_is_noticed_and_messages_go_out_when_it_goes_on(ground: Ground) -> None:
@@ -169,11 +183,11 @@ async def test_one_byte_at_a_time_is_no_trouble(ground: Ground, nursery: trio.Nu
     with trio.fail_after(40):
         async with (
             MQTTDriver(ground.config(proxy.port)) as driver,
-            driver.subscription("a/#", dict, qos=2) as messages,
+            driver.subscription("a/#", Numbered, qos=2) as messages,
         ):
             for qos in (0, 1, 2):
-                await driver.publish("a/ü", {"text": "x" * 300, "qos": qos}, qos=qos)
-                assert (await messages.receive()).value == {"text": "x" * 300, "qos": qos}
+                await driver.publish("a/ü", Numbered("x" * 300, qos), qos=qos)
+                assert (await messages.receive()).value == Numbered("x" * 300, qos)
             assert driver.generation == 1
 
 
@@ -199,7 +213,11 @@ async def test_another_client_with_our_id_throws_us_out_and_we_come_back_with_a_
         ):
             taken = driver.client_id
             assert taken is not None
-            async with MQTTDriver(ground.config(client_id_factory=lambda base, generation, at: taken)) as other:
+
+            def take(_base: str, _generation: int, _at: float) -> str:
+                return taken
+
+            async with MQTTDriver(ground.config(client_id_factory=take)) as other:
                 error = await attempts.wait_error("Error")
                 await driver.wait_live()
                 assert driver.generation == 2
