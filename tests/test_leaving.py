@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import trio
@@ -167,7 +168,7 @@ async def test_a_second_ctrl_c_while_the_driver_is_left_ends_it(
     before = count_tasks()
     task = trio.lowlevel.current_task()
 
-    def interrupt() -> None:
+    def interrupt() -> NoReturn:
         raise KeyboardInterrupt
 
     async def press() -> None:

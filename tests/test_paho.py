@@ -13,14 +13,7 @@ from hypothesis import given, strategies as st
 from tests.packets import new_reader, texts, topics, versions
 from trio_mqtt_driver import DriverConfig, Endpoint, ProtocolError, ReasonCode, RetainHandling, Will
 from trio_mqtt_driver._inflight import PacketIds
-from trio_mqtt_driver._paho import (
-    AuthPacket,
-    ConnAck,
-    ControlPackets,
-    ServerDisconnect,
-    SubAck,
-    SubscribeRequest,
-)
+from trio_mqtt_driver._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect, SubAck, SubscribeRequest
 from trio_mqtt_driver._properties import encode_varint
 from trio_mqtt_driver._types import PayloadFormat, ServerLimits
 from trio_mqtt_driver.testing import (
@@ -291,11 +284,6 @@ async def test_a_maximum_packet_size_beyond_the_largest_packet_is_no_limit(size:
         event = fed(control, encode(Connack(properties={"maximum_packet_size": size}), 5))
     assert isinstance(event, ConnAck)
     assert event.limits.maximum_packet_size == 268_435_455
-
-
-async def test_the_limits_of_a_connack_without_properties_are_mqtt_s_own() -> None:
-    async with control_packets(5) as control:
-        assert fed(control, encode(Connack(), 5)) == ConnAck(False, ReasonCode.SUCCESS, ServerLimits(), None)
 
 
 @pytest.mark.parametrize(

@@ -308,8 +308,9 @@ async def test_wrong_credentials_are_said_plainly_and_without_the_password(
 async def test_credentials_that_are_revoked_later_stop_the_driver(
     broker: MemoryBroker, autojump_clock: MockClock
 ) -> None:
+    driver = MQTTDriver(config_for(broker))
     with pytest.raises(RefusedError) as caught:  # noqa: PT012  # the body is what is under test
-        async with MQTTDriver(config_for(broker)) as driver:
+        async with driver:
             await trio.sleep(100)
             broker.faults.refuse_connect(0x87)
             broker.drop()

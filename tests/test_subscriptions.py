@@ -24,6 +24,32 @@ def acknowledged(broker: MemoryBroker) -> int:
     return sum(isinstance(packet, Ack) and packet.kind is Kind.PUBACK for _, packet in broker.received)
 
 
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"queue_messages": 0}, ValueError, "queue_messages is 0, allowed are whole numbers from 1"),
+        ({"queue_messages": -1}, ValueError, "queue_messages is -1, allowed are whole numbers from 1"),
+        ({"queue_messages": "many"}, ValueError, "queue_messages is 'many'"),
+        ({"qos": 3}, ValueError, "qos is 3, allowed are 0, 1, 2"),
+        ({"overflow": "explode"}, ValueError, "'explode' is not a valid Overflow"),
+        ({"identifier": 7}, ValueError, "identifier is 7, allowed are whole numbers from 1024"),
+        ({"on_dead_letter": "log"}, TypeError, "on_dead_letter must be callable, not str"),
+        ({"colour": "red"}, TypeError, "colour"),
+    ],
+)
+async def test_bad_options_are_refused_at_the_call(
+    autojump_clock: trio.testing.MockClock,
+    broker: MemoryBroker,
+    options: dict[str, Any],
+    error: type[Exception],
+    words: str,
+) -> None:
+    async with MQTTDriver(memory_config(broker)) as driver:
+        with pytest.raises(error, match=words):
+            await driver.subscribe("a", print, **options)
+        assert not broker.subscriptions(driver.client_id or "")
+
+
 async def test_a_handler_can_end_its_own_subscription(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker
 ) -> None:

@@ -358,8 +358,12 @@ class MQTTDriver:
         check_filter(topic_filter)
         arguments: dict[str, Any] = dict(options)
         overflow = Overflow(arguments.pop("overflow", Overflow.DROP_OLDEST))
-        queue_messages = arguments.pop("queue_messages", None) or self.config.queue_messages
+        queue_messages = arguments.pop("queue_messages", None)
+        # The config's own rule is the rule here.
+        bound = self.config if queue_messages is None else self.config.evolve(queue_messages=queue_messages)
         on_dead_letter = arguments.pop("on_dead_letter", None)
+        if on_dead_letter is not None and not callable(on_dead_letter):
+            raise TypeError(f"on_dead_letter must be callable, not {type(on_dead_letter).__name__}")
         subscription: Subscription[Any] = Subscription(
             topic_filter,
             decode=decoder(message_class),
@@ -367,7 +371,7 @@ class MQTTDriver:
             handler=handler,
             on_dead_letter=on_dead_letter,
             overflow=overflow,
-            queue_messages=queue_messages,
+            queue_messages=bound.queue_messages,
             counters=self._history.counters,
             changed=self._dispatcher.changed,
             failed=self._dispatcher.failed,

@@ -32,6 +32,7 @@ _STOP_DEADLINE = 10.0
 _FIRST_ATTEMPTS = 5
 _ASK_AGAIN = 0.05
 _PROBE_DEADLINE = 2.0
+_STOP_CHECKS = 10_000
 _IN_USE = ("address already in use", "address in use", "eaddrinuse")
 
 
@@ -190,6 +191,7 @@ class BrokerProcess(abc.ABC):
     def suspend(self) -> None:
         """SIGSTOP: the kernel still accepts connections and bytes, but nothing is answered."""
         self._signal(signal.SIGSTOP)
+        _await_stop(self._pid)
 
     def resume(self) -> None:
         """SIGCONT: go on after :meth:`suspend`."""
@@ -325,3 +327,20 @@ class BrokerProcess(abc.ABC):
             log.seek(mark)
             text = log.read().decode(errors="replace").lower()
         return any(words in text for words in _IN_USE)
+
+
+def _await_stop(pid: int) -> None:
+    """Until every thread has stopped: kill() returns before that, and those that still run may answer a client.
+
+    Takes microseconds as a rule, so that it need not be async. Without /proc we take it on trust.
+    """
+    threads = Path(f"/proc/{pid}/task")
+    for _ in range(_STOP_CHECKS):
+        try:
+            # The state follows the program's name, which is in parentheses and may contain any character.
+            states = {(entry / "stat").read_text().rpartition(")")[2].split()[0] for entry in threads.iterdir()}
+        except OSError:
+            return  # No /proc, or the process is gone.
+        if states <= {"T"}:
+            return
+        os.sched_yield()
