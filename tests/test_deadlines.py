@@ -67,6 +67,17 @@ def test_bytes_that_arrive_extend_the_wait_for_a_pong(deadlines: Deadlines) -> N
     assert isinstance(deadlines.overdue(148.0, NOTHING_SENT), KeepAliveError)
 
 
+def test_a_broker_that_sends_and_never_answers_is_given_up(deadlines: Deadlines) -> None:
+    ping(deadlines, 130.0)
+    deadlines.heard_at = 159.9
+    assert deadlines.overdue(159.9, NOTHING_SENT) is None
+    assert isinstance(deadlines.overdue(160.0, NOTHING_SENT), KeepAliveError)
+    deadlines.mid_packet = True  # the PINGRESP cannot come before the end of a packet that takes minutes
+    assert deadlines.overdue(160.0, NOTHING_SENT) is None
+    deadlines.sent_at = 160.0
+    assert deadlines.look_at(160.0, NOTHING_SENT) == pytest.approx(169.9)
+
+
 def test_a_publish_is_overdue_after_the_ack_timeout(deadlines: Deadlines) -> None:
     assert deadlines.overdue(114.9, 110.0) is None
     assert deadlines.look_at(110.0, 110.0) == 115.0

@@ -201,8 +201,8 @@ async def main():
         )
         try:
             async with MQTTDriver(config) as driver:
-                print("live", flush=True)
                 try:
+                    print("live", flush=True)
                     await trio.sleep_forever()
                 finally:
                     with trio.move_on_after(5, shield=True):

@@ -362,6 +362,7 @@ class Connection:
                     self._take(packet, messages)
             except ProtocolError as exc:
                 self.fail(exc)
+            self.deadlines.mid_packet = self._reader.mid_packet
             if self._reader.error is not None:
                 self.fail(self._reader.error)
             # Even after a fault: what arrived whole before it was accepted.

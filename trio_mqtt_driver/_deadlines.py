@@ -2,7 +2,8 @@
 
 Two clocks run. Ours to the broker: it must hear from us within Keep Alive [MQTT-3.1.2-20], whatever else happens. And
 the broker's to us: if nothing arrives for as long, PINGREQ asks for a sign of life, since on a half-open link writing
-goes on "working" for a long time. Bytes that arrive count as that sign: a PINGRESP may queue behind a large message.
+goes on "working" for a long time. Bytes that arrive count as that sign: a PINGRESP may queue behind large messages. But
+a broker that goes on to send whole packets and never answers does not answer.
 
 While reading is paused the answers lie unread on our side: only the first clock runs. The same before the link is
 live, where each step (CONNACK, test publish, replay) has a deadline of its own, and an error that names it.
@@ -18,6 +19,10 @@ from ._errors import AckTimeoutError, KeepAliveError, MQTTDriverError
 from ._replies import Ping
 
 
+_PATIENCE = 3
+"""So many ping timeouts are too many for one PINGREQ, whatever else arrives."""
+
+
 class Deadlines:
     """The times of one connection, in seconds on the caller's clock."""
 
@@ -28,6 +33,8 @@ class Deadlines:
         self.sent_at = now
         self.heard_at = now
         self.pings: deque[Ping] = deque()
+        self.mid_packet = False
+        """Whether a packet has begun to arrive and is not complete."""
         self.live = False
         self.paused = False
         self._resumed_at = now
@@ -54,6 +61,8 @@ class Deadlines:
             return None
         silence = f"nothing received for {now - self.heard_at:.1f} s"
         if now >= self._pong_by():
+            if now < self.heard_at + self._ping_timeout:
+                return KeepAliveError("no answer to PINGREQ although other packets arrive: the broker is stuck")
             return KeepAliveError(
                 f"no answer to PINGREQ within ping_timeout={self._ping_timeout:g} s, {silence}: the link is half-open"
             )
@@ -75,7 +84,9 @@ class Deadlines:
     def _pong_by(self) -> float:
         if not self.pings:
             return math.inf
-        return max(self.pings[0].sent_at, self.heard_at) + self._ping_timeout
+        asked_at = max(self.pings[0].sent_at, self._resumed_at)
+        pong_by = max(asked_at, self.heard_at) + self._ping_timeout
+        return pong_by if self.mid_packet else min(pong_by, asked_at + _PATIENCE * self._ping_timeout)
 
     def _ack_by(self, oldest_sent_at: float) -> float:
         return max(oldest_sent_at, self._resumed_at) + self._ack_timeout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -215,22 +216,68 @@ def test_stop_reading_only_once() -> None:
     assert faults.reading
 
 
-async def test_silence(autojump_clock: trio.testing.MockClock, broker: MemoryBroker) -> None:
-    client = await join(broker, "c", keep_alive=10, will=WILL)
+async def test_a_silent_connection_swallows_everything(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    client = await join(broker, "c")
     await subscribe(client, "t")
     broker.silence("c")
     for _ in range(200):
         await client.stream.send_all(bytes(1000))  # Swallowed, else this would block.
     broker.publish("t")
-    with trio.move_on_after(1000) as scope:
+    with trio.move_on_after(100_000) as scope:
         await client.receive()
     assert scope.cancelled_caught
-    assert broker.clients == ["c"]
-    other = await join(broker, "other")
-    await publish(other, "x", b"")
-    # The will comes when the broker notices.
-    broker.drop("c")
+    assert (broker.clients, list(broker.violations)) == (["c"], [])
+    await publish(await join(broker, "other"), "x", b"")
+
+
+@pytest.mark.parametrize("by_client", [True, False])
+async def test_the_end_of_a_silent_connection_is_heard(broker: MemoryBroker, by_client: bool) -> None:
+    client = await join(broker, "c", keep_alive=10, will=WILL)
+    broker.silence("c")
+    if by_client:
+        await client.stream.aclose()
+        await broker.wait_for(lambda: not broker.clients, "end of the connection")
+    else:
+        broker.drop("c")
+        assert await client.receive() is None
     assert broker.published[-1].payload == b"offline"
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_the_ends_of_a_cut_connection_do_not_hear_of_each_other(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, gone: bool
+) -> None:
+    client = await join(broker, "c", keep_alive=10, will=WILL)
+    broker.silence("c", deaf=True)
+    if gone:
+        await client.stream.aclose()
+    await trio.sleep(14)
+    assert not broker.published
+    await broker.wait_for_publish("status")
+    assert trio.current_time() == 15
+    assert broker.clients == []
+    if not gone:
+        with trio.move_on_after(1000) as scope:
+            await client.receive()
+        assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("reset", [True, False])
+async def test_the_end_of_a_cut_connection(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, reset: bool
+) -> None:
+    client = await join(broker, "c", will=WILL)
+    broker.silence(deaf=True)
+    broker.drop("c", reset=reset)
+    assert broker.published[-1].payload == b"offline"
+    if reset:
+        await end_of(client, reset=True)
+    else:
+        with trio.move_on_after(1000) as scope:
+            await client.receive()
+        assert scope.cancelled_caught
 
 
 async def test_byte_by_byte(broker: MemoryBroker) -> None:
@@ -282,6 +329,34 @@ async def test_a_closed_connection_does_not_linger_for_a_client_that_does_not_re
     await trio.sleep(10)
     with pytest.raises(trio.BrokenResourceError):
         await client.send(Pingreq())
+
+
+async def test_a_client_that_sends_and_does_not_read_is_not_read_from(nursery: trio.Nursery) -> None:
+    broker = MemoryBroker(nursery, buffer_bytes=1000)
+    client = await join(broker, "c")
+    sent = 0
+    with trio.move_on_after(math.inf) as scope:
+
+        async def stop_when_stuck() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+
+        nursery.start_soon(stop_when_stuck)
+        while True:
+            await client.send(*[Pingreq()] * 1000)
+            sent += 1000
+    assert 60_000 < sent < 300_000
+    for _ in range(sent):
+        await client.expect(Pingresp)
+
+
+async def test_a_held_packet_may_turn_out_to_be_a_violation(broker: MemoryBroker) -> None:
+    client = await join(broker, "c")
+    with broker.faults.hold(Kind.PUBLISH, direction=Direction.IN):
+        await client.send(Publish(topic="", properties={"topic_alias": 1}))
+        assert await nothing(client)
+    assert (await client.expect(Disconnect)).reason_code == 0x82
+    assert await client.receive() is None
 
 
 @pytest.mark.parametrize("version", [4, 5])

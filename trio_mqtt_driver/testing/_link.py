@@ -52,7 +52,7 @@ class Link:
         self.maximum_packet_size: float = math.inf
         """The client's."""
         self.silent = False
-        """Half-open: what comes in is swallowed, nothing goes out, nothing is closed."""
+        """Half-open: see :meth:`silence`."""
         self._stream = stream
         self._handler = handler
         self._faults = faults
@@ -61,10 +61,12 @@ class Link:
         self._out = bytearray()
         self._wake = trio.Event()
         self._drained = trio.Event()
+        self._over = trio.Event()
         self._reading = trio.CancelScope()
         self._watching = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._heard = 0.0
+        self._deaf = False
         self._closed = False
         self._reset_at_end = False
 
@@ -82,6 +84,8 @@ class Link:
                 nursery.start_soon(self._watch, _CONNECT_DEADLINE, self._watching)
                 with self._reading:
                     await self._read()
+                if self._deaf:
+                    await self._linger()
                 self.close()
                 # A peer that does not read must not keep a closed connection for ever.
                 nursery.cancel_scope.deadline = trio.current_time() + _FLUSH_DEADLINE
@@ -94,6 +98,7 @@ class Link:
         if self._closed:
             return
         self._closed = True
+        self._over.set()
         self._reset_at_end = reset
         if not flush:
             self._out.clear()
@@ -106,6 +111,16 @@ class Link:
         self._wake.set()
         self._drained.set()
         self._handler.closed()
+
+    def silence(self, *, deaf: bool) -> None:
+        """Make the connection half-open: the client's bytes are swallowed, and nothing goes out.
+
+        With ``deaf`` neither end hears of the other's end: the broker closes its side when the keep alive is over,
+        or when told to.
+        """
+        self.silent = True
+        self._deaf = deaf
+        self._out.clear()
 
     def enforce_keep_alive(self, seconds: float) -> None:
         """From CONNECT on: the deadline for it ends, that of the keep alive begins (0 is none)."""
@@ -184,15 +199,26 @@ class Link:
                 data = await self._stream.receive_some(65536)
                 if not self._faults.reading:
                     await self._faults.wait_reading()
-                self._heard = trio.current_time()
                 if not data:
                     return
                 if not self.silent:
+                    self._heard = trio.current_time()
                     self._decode(bytes(data))
                 # A client that sends and does not read: stop reading too, rather than pile up answers.
                 while len(self._out) > self._buffer_bytes and not self._closed:
                     self._drained = trio.Event()
                     await self._drained.wait()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+
+    async def _linger(self) -> None:
+        """After the end of one side of a connection that is cut: until the other side has ended too."""
+        if not self._closed:
+            await self._over.wait()
+            return
+        try:
+            while await self._stream.receive_some(65536):
+                pass
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return
 
@@ -240,7 +266,7 @@ class Link:
         with watching:
             while not self._closed:
                 await trio.sleep_until(self._heard + limit)
-                if self._closed or self.silent:
+                if self._closed or (self.silent and not self._deaf):
                     return
                 if not self._faults.reading:
                     # What we did not read cannot be held against the client.

@@ -162,13 +162,15 @@ class MemoryBroker:
         for connection in self._chosen(client_id):
             connection.close(reset=reset, flush=not reset)
 
-    def silence(self, client_id: str | None = None) -> None:
-        """Make one client's connection, or all that are up now, half-open for good.
+    def silence(self, client_id: str | None = None, *, deaf: bool = False) -> None:
+        """Make one client's connection, or all that are up now, half-open for good. New connections work.
 
-        The broker accepts their bytes, answers nothing and closes nothing. New connections work.
+        The broker accepts their bytes, answers nothing and closes nothing. With ``deaf=True`` it is as if the cable
+        were cut: neither end hears of the other's end, so that the will of a client that has long gone is published
+        when its keep alive is over, or at :meth:`drop`; only ``drop(reset=True)`` still reaches the client.
         """
         for connection in self._chosen(client_id):
-            connection.link.silent = True
+            connection.link.silence(deaf=deaf)
 
     def disconnect(self, client_id: str | None = None, *, reason_code: int = 0x8B) -> None:
         """Send DISCONNECT (only MQTT 5 has it) to one client or all, and close. Wills are published."""
