@@ -264,6 +264,24 @@ def test_removing_what_is_not_there_is_a_key_error_and_no_change(topic_filter: s
 # --- overlap
 
 
+@pytest.mark.parametrize(
+    "one, other, expected",
+    [
+        ("+", "/#", False),
+        ("+", "#", True),
+        ("/#", "+/#", True),
+        ("/#", "+/x", True),
+        ("/#", "/", True),
+        ("/#", "#", True),
+    ],
+)
+def test_the_empty_text_is_no_topic_that_filters_could_share(one: str, other: str, expected: bool) -> None:
+    for first, second in ((one, other), (other, one)):
+        trie = FilterTrie[int]()
+        trie.add(first, 1)
+        assert trie.overlaps(second) is expected
+
+
 @given(st.lists(FILTERS, max_size=4), FILTERS)
 def test_overlaps_is_what_trying_all_topics_says(filters: list[str], topic_filter: str) -> None:
     trie = FilterTrie[int]()

@@ -189,8 +189,11 @@ class FilterTrie(Generic[V]):
             level = levels[depth]
             if level == "#":
                 # Every node that is kept leads to a filter, and each filter has a topic; but below the root, only
-                # those that do not start with "$" count.
-                if depth > 0 or any(not name.startswith("$") for name in children):
+                # those that do not start with "$" count. And all that "/#" shares with "+" is the empty text, which
+                # is no topic [MQTT-4.7.3-1].
+                if depth > 1 or (depth == 1 and (levels[0] or children)):
+                    return True
+                if depth == 0 and any(not name.startswith("$") for name in children):
                     return True
                 continue
             if "#" in children and (depth > 0 or not level.startswith("$")):
@@ -199,7 +202,7 @@ class FilterTrie(Generic[V]):
                 todo += [
                     (child, depth + 1)
                     for name, child in children.items()
-                    if name != "#" and (depth > 0 or not name.startswith("$"))
+                    if name != "#" and (depth > 0 or (not name.startswith("$") and (name or len(levels) > 1)))
                 ]
                 continue
             if (child := children.get(level)) is not None:
