@@ -75,6 +75,15 @@ async def test_a_tcp_stream_is_opened(host: str) -> None:
         assert await answered(config(port, host)) == b"ping"
 
 
+async def test_small_packets_are_not_held_back() -> None:
+    """Nagle's algorithm would let an acknowledgement wait for the broker's delayed one."""
+    async with serving(echo) as port:
+        stream = await open_stream(config(port))
+        assert isinstance(stream, trio.SocketStream)
+        assert stream.socket.getsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_NODELAY)
+        await stream.aclose()
+
+
 async def test_a_refused_connection_says_so() -> None:
     async with serving(echo) as port:
         pass

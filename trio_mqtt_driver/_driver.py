@@ -49,7 +49,10 @@ MAXIMUM_MESSAGE = 268_435_455
 
 
 class PublishArguments(TypedDict, total=False):
-    """The MQTT 5 properties that ``publish()`` takes as keywords [MQTT-3.3.2.3]; 3.1.1 has none and drops them."""
+    """The MQTT 5 properties that ``publish()`` takes as keywords [MQTT-3.3.2.3]; 3.1.1 has none and drops them.
+
+    A Topic Alias is none of them: it belongs to a connection, and a message may outlive several.
+    """
 
     payload_format: PayloadFormat | None
     message_expiry: int | None

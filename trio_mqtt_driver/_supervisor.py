@@ -345,7 +345,8 @@ class Supervisor:
                 error,
             )
         else:
-            self._to(State.BACKING_OFF, f"{what}: {said}; next attempt in {delay.seconds:.1f} s", error)
+            when = f"in {delay.seconds:.1f} s" if delay.seconds else "at once"
+            self._to(State.BACKING_OFF, f"{what}: {said}; next attempt {when}", error)
 
     # -- from outside -------------------------------------------------------------------------------------------------
 
