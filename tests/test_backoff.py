@@ -119,9 +119,9 @@ def test_the_same_random_numbers_give_the_same_delays() -> None:
 # --- a free retry
 
 
-def test_one_retry_at_once_and_the_next_one_waits() -> None:
+def test_one_retry_at_once_and_the_next_ones_wait() -> None:
     it = backoff()
-    assert [it.failed(retry_at_once=True).seconds for _ in range(5)] == [0, 2, 0, 8, 0]
+    assert [it.failed(retry_at_once=True).seconds for _ in range(5)] == [0, 2, 4, 8, 16]
     assert it.failures == 5
 
 

@@ -25,8 +25,10 @@ LAYERS = (
     names("_errors _types _topics"),
     names("_config _validators _properties _url _tls _client_id _backoff _codecs _edges _history _status"),
     names("_packets _paho _transport"),
-    names("_connection _handshake _probe _replay _replies _inflight _limits _registry _outbox _deadlines _copies"),
-    names("_dispatch _subscription"),
+    names(
+        "_connection _handshake _probe _replay _replies _inflight _limits _registry _outbox _inbox _deadlines _copies"
+    ),
+    names("_dispatch _subscription _arguments"),
     names("_supervisor"),
     names("_lifespan _driver"),
     names("__init__ __main__ _cli"),

@@ -65,7 +65,7 @@ async def test_after_so_many_failures_the_driver_pauses_and_says_so(
         assert status.failures == 8
         assert status.next_attempt_in == pytest.approx(60)
         assert [line for line in lines(caplog) if "paused" in line] == [
-            f"driver: reconnect paused after 8 attempts, last error: {REFUSED}, next trial in 60 s"
+            f"driver: reconnect paused after 8 failures without a stable link, last error: {REFUSED}, next trial in 60 s"
         ]
 
 
@@ -361,7 +361,7 @@ async def test_every_transition_is_logged_once_in_plain_words(
         "connecting to mqtt://memory:1883 (attempt 1)",
         f"attempt failed: {REFUSED}; next attempt in 2.2 s",
         "connecting to mqtt://memory:1883 (attempt 2)",
-        f"reconnect paused after 2 attempts, last error: {REFUSED}, next trial in 60 s",
+        f"reconnect paused after 2 failures without a stable link, last error: {REFUSED}, next trial in 60 s",
         "connecting to mqtt://memory:1883 (attempt 3)",
         f"{connected} {ids[1]!r}",
         f"test publish to 'trio_mqtt_driver/probe/{ids[1]}' {probed}",

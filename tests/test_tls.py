@@ -38,7 +38,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"key_file": "key.pem"}, "tls: key_file and key_password need a cert_file"),
         ({"key_password": "x"}, "tls: key_file and key_password need a cert_file"),
-        ({"verify": False}, "tls: verify=False cannot check a host name; set check_hostname=False as well"),
         ({"ca_file": 5}, "ca_file must be str or PathLike, not int"),
         ({"ca_path": b"x"}, "ca_path must be str or PathLike, not bytes"),
         ({"cert_file": 5}, "cert_file must be str or PathLike, not int"),
@@ -69,7 +68,7 @@ def test_the_default_verifies_certificate_and_host_name_with_tls_1_2_at_least() 
 def test_verification_is_switched_off_only_as_told() -> None:
     context = TLSConfig(check_hostname=False).make_context()
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, False)
-    context = TLSConfig(check_hostname=False, verify=False).make_context()
+    context = TLSConfig(verify=False).make_context()
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_NONE, False)
     context = TLSConfig(minimum_version=ssl.TLSVersion.TLSv1_3).make_context()
     assert context.minimum_version is ssl.TLSVersion.TLSv1_3

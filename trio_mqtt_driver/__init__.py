@@ -1,5 +1,6 @@
 """A Trio-based structured-concurrency MQTT driver: ``async with MQTTDriver("mqtt://localhost") as driver: ...``."""
 
+from ._arguments import PublishArguments as PublishArguments, SubscribeArguments as SubscribeArguments
 from ._backoff import BackoffConfig as BackoffConfig
 from ._config import (
     Attempt as Attempt,
@@ -8,11 +9,7 @@ from ._config import (
     Endpoint as Endpoint,
     Will as Will,
 )
-from ._driver import (
-    MQTTDriver as MQTTDriver,
-    PublishArguments as PublishArguments,
-    SubscribeArguments as SubscribeArguments,
-)
+from ._driver import MQTTDriver as MQTTDriver
 from ._errors import (
     AckTimeoutError as AckTimeoutError,
     ConnectError as ConnectError,

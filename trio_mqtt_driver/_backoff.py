@@ -108,11 +108,11 @@ class Backoff:
         """An attempt failed before the connection was live.
 
         :param retry_at_once: the failure may be cured by what the next attempt does anyway (fresh TLS material), so
-            the delay is 0, unless the attempt that failed was itself such a free retry.
+            the delay is 0, unless the failure before this one was of that kind, too.
         """
         delay = self._after_failure()
-        self._free_retry = retry_at_once and not self._free_retry
-        return Delay(0.0) if self._free_retry else delay
+        free, self._free_retry = retry_at_once and not self._free_retry, retry_at_once
+        return Delay(0.0) if free else delay
 
     def stable(self) -> None:
         """The connection has been live for ``stable_after``: forget the failures."""

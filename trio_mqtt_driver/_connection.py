@@ -17,9 +17,10 @@ wait for lie unread on our side, so no deadline runs; PINGREQ still goes out, be
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
@@ -35,6 +36,7 @@ from ._errors import (
     ServerDisconnectedError,
 )
 from ._history import Counters
+from ._inbox import Inbox
 from ._inflight import IncomingWindow, OutgoingWindow, PacketIds
 from ._limits import publish_error
 from ._outbox import Outbox, Outgoing
@@ -44,27 +46,13 @@ from ._replies import Ping, Reply, Request
 from ._transport import lost
 from ._types import Message, PublishResult, ReasonCode, ServerLimits, UserProperties
 
+logger = logging.getLogger("trio_mqtt_driver")
+
 _RECEIVE_SIZE = 65536
 _SEND_SIZE = 65536
 """Written in pieces of this size, so that progress on a slow link is seen between them."""
 _WINDOW_3_1_1 = 20
 """3.1.1 has no Receive Maximum; brokers commonly keep 20 and some drop what exceeds it."""
-
-
-class Inbox(Protocol):
-    """Where messages go; the dispatcher, as far as a connection knows it."""
-
-    def deliver(self, messages: list[Message[Any]], *, copies: bool) -> None: ...
-
-    @property
-    def crowded(self) -> bool: ...
-
-    async def give_way(self) -> None: ...
-
-    @property
-    def full(self) -> bool: ...
-
-    async def wait_room(self) -> None: ...
 
 
 class Connection:
@@ -107,6 +95,7 @@ class Connection:
         self._control: ControlPackets
         self._scope = trio.CancelScope()
         self._ended = False
+        self._warned: set[str] = set()
         self._buffer: list[bytes] = []
         self._written = 0
         self._flushed = 0
@@ -170,6 +159,11 @@ class Connection:
             self.cause = error
             self._scope.cancel(reason=f"connection lost: {error}")
 
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("%s: the broker speaks 3.1.1: %s", self.config.client_id, text)
+
     # -- requests: each returns the Reply to wait for ----------------------------------------------------------------
 
     def connect(self, authentication: tuple[str, bytes | None] | None) -> Reply[ConnAck | AuthPacket]:
@@ -202,6 +196,8 @@ class Connection:
     ) -> Reply[tuple[ReasonCode, ...]]:
         if not self.limits.identifiers_available:
             identifier = None
+        if self.version != 5 and any(request.needs_5 for request in requests):
+            self._warn_once("no_local, retain_as_published and retain_handling need MQTT 5 and are left out")
         packet_id, packet = self._control.subscribe_packet(requests, identifier, user_properties)
         return self._request(packet_id, packet, Request(len(requests), unsubscribe=False, reply=Reply()))
 
@@ -259,6 +255,8 @@ class Connection:
         packet_id = self._outgoing.add(outgoing) if outgoing.qos else 0
         outgoing.attempts += 1
         self._counters.messages_out += 1
+        if self.version != 5 and outgoing.properties != b"\0":
+            self._warn_once("properties of PUBLISH need MQTT 5 and are left out")
         self._write(
             encode_publish(
                 outgoing.raw_topic,

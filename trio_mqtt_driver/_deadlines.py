@@ -2,8 +2,8 @@
 
 Two clocks run. Ours to the broker: it must hear from us within Keep Alive [MQTT-3.1.2-20], whatever else happens. And
 the broker's to us: if nothing arrives for as long, PINGREQ asks for a sign of life, since on a half-open link writing
-goes on "working" for a long time. Bytes that arrive count as that sign: a PINGRESP may queue behind large messages. But
-a broker that goes on to send whole packets and never answers does not answer.
+goes on "working" for a long time. Bytes that arrive count as that sign, since a PINGRESP may queue behind large
+messages; but a broker that goes on to send whole packets and never answers does not answer.
 
 While reading is paused the answers lie unread on our side: only the first clock runs. The same before the link is
 live, where each step (CONNACK, test publish, replay) has a deadline of its own, and an error that names it.
@@ -17,7 +17,6 @@ from collections import deque
 from ._config import DriverConfig
 from ._errors import AckTimeoutError, KeepAliveError, MQTTDriverError
 from ._replies import Ping
-
 
 _PATIENCE = 3
 """So many ping timeouts are too many for one PINGREQ, whatever else arrives."""

@@ -6,11 +6,12 @@ import math
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import trio
 
-from ._codecs import decoder, encode_payload
+from ._arguments import PublishArguments, SubscribeArguments, check_names, make_outgoing, offline_policy
+from ._codecs import decoder
 from ._config import DriverConfig
 from ._dispatch import Dispatcher
 from ._edges import ConnectionCallback, Edges
@@ -19,23 +20,12 @@ from ._history import History
 from ._lifespan import Lifespan
 from ._limits import publish_error, subscribe_refusal
 from ._outbox import Outbox, Outgoing, Receipt
-from ._properties import encode_publish_properties
 from ._registry import Registry, SubscriptionOptions
 from ._status import Status
-from ._subscription import DeadLetterHandler, Handler, Subscription
+from ._subscription import Handler, Subscription
 from ._supervisor import Supervisor
-from ._topics import check_filter, check_topic
-from ._types import (
-    NO_PROPERTIES,
-    OfflinePolicy,
-    Overflow,
-    PayloadFormat,
-    PublishProperties,
-    PublishResult,
-    RetainHandling,
-    State,
-    UserProperties,
-)
+from ._topics import check_filter, split_share
+from ._types import OfflinePolicy, Overflow, PublishResult, State
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -43,42 +33,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 T = TypeVar("T")
-
-MAXIMUM_MESSAGE = 268_435_455
-"""The greatest Remaining Length [MQTT-1.5.5]."""
-
-
-class PublishArguments(TypedDict, total=False):
-    """The MQTT 5 properties that ``publish()`` takes as keywords [MQTT-3.3.2.3]; 3.1.1 has none and drops them.
-
-    A Topic Alias is none of them: it belongs to a connection, and a message may outlive several.
-    """
-
-    payload_format: PayloadFormat | None
-    message_expiry: int | None
-    content_type: str | None
-    response_topic: str | None
-    correlation_data: bytes | None
-    user_properties: UserProperties
-
-
-class SubscribeArguments(TypedDict, total=False):
-    """The options that ``subscribe()`` and ``subscription()`` take as keywords.
-
-    ``queue_messages`` bounds the queue between network and handler (default: ``DriverConfig.queue_messages``), and
-    ``overflow`` says what happens when it is full. ``on_dead_letter(message, error)`` gets payloads that do not fit
-    the message class; without it they are logged. The others are those of `SubscriptionOptions`.
-    """
-
-    qos: int
-    no_local: bool
-    retain_as_published: bool
-    retain_handling: RetainHandling
-    identifier: int | None
-    user_properties: UserProperties
-    overflow: Overflow
-    queue_messages: int | None
-    on_dead_letter: DeadLetterHandler | None
 
 
 class MQTTDriver:
@@ -173,6 +127,12 @@ class MQTTDriver:
     async def _keep_connected(self) -> None:
         try:
             await self._supervisor.run()
+        except trio.Cancelled:
+            raise
+        except BaseException as exc:
+            # Before the waiters are settled: the body is to see the cancellation, not publishes that are lost.
+            self._lifespan.fail_with(exc)
+            raise
         finally:
             self._settle()
 
@@ -223,8 +183,8 @@ class MQTTDriver:
         Raises ``ValueError`` or ``TypeError`` for bad arguments, ``ServerLimitError``, ``PublishRefusedError``,
         ``PublishTimeoutError``, ``NotConnectedError`` (``offline="fail"`` only) and ``DriverClosedError``.
         """
-        outgoing = self._outgoing(topic, payload, qos, retain, properties)
-        policy = OfflinePolicy(offline)
+        outgoing = make_outgoing(topic, payload, qos, retain, properties)
+        policy = offline_policy(offline)
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_open()
         if policy is OfflinePolicy.FAIL and self.state is not State.LIVE:
@@ -259,25 +219,10 @@ class MQTTDriver:
 
         Raises what ``publish()`` raises for bad arguments, ``OutboxFullError`` and ``DriverClosedError``.
         """
-        outgoing = self._outgoing(topic, payload, qos, retain, properties)
+        outgoing = make_outgoing(topic, payload, qos, retain, properties)
         self._check_open()
         self._submit(outgoing)
         return Receipt(outgoing)
-
-    def _outgoing(self, topic: str, payload: object, qos: int, retain: bool, properties: PublishArguments) -> Outgoing:
-        if isinstance(qos, bool) or qos not in (0, 1, 2):
-            raise ValueError(f"qos is {qos!r}, allowed are 0, 1, 2")
-        if not isinstance(retain, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"retain must be bool, not {type(retain).__name__}")
-        raw_topic = check_topic(topic)
-        raw_payload = encode_payload(payload)
-        if properties:
-            block = encode_publish_properties(PublishProperties(**_frozen(properties)))
-        else:
-            block = encode_publish_properties(NO_PROPERTIES)
-        if len(raw_topic) + len(raw_payload) + len(block) + 4 > MAXIMUM_MESSAGE:
-            raise ValueError(f"payload has {len(raw_payload)} bytes, allowed are about {MAXIMUM_MESSAGE} [MQTT-1.5.5]")
-        return Outgoing(topic, raw_topic, raw_payload, int(qos), retain, block, trio.current_time())
 
     def _submit(self, outgoing: Outgoing) -> None:
         if self.state is State.CLOSED:
@@ -359,6 +304,7 @@ class MQTTDriver:
         self, topic_filter: str, handler: Handler[Any] | None, message_class: Any, options: SubscribeArguments
     ) -> Subscription[Any]:
         check_filter(topic_filter)
+        check_names("subscribe", options, SubscribeArguments)
         arguments: dict[str, Any] = dict(options)
         overflow = Overflow(arguments.pop("overflow", Overflow.DROP_OLDEST))
         queue_messages = arguments.pop("queue_messages", None)
@@ -380,6 +326,10 @@ class MQTTDriver:
             failed=self._dispatcher.failed,
         )
         subscription_options = SubscriptionOptions(**arguments)
+        if subscription_options.no_local and split_share(topic_filter)[0] is not None:
+            raise ValueError(
+                f"no_local is True, which a shared subscription may not be: {topic_filter!r} [MQTT-3.8.3-4]"
+            )
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_open()
         connection = self._supervisor.connection if self.state is State.LIVE else None
@@ -472,11 +422,3 @@ class MQTTDriver:
         which may be called any number of times, also inside a callback.
         """
         return self._edges.register(callback)
-
-
-def _frozen(properties: PublishArguments) -> dict[str, Any]:
-    """User properties may come as any sequence; the value keeps a tuple."""
-    values: dict[str, Any] = dict(properties)
-    if "user_properties" in values:
-        values["user_properties"] = tuple(values["user_properties"])
-    return values

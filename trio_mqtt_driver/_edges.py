@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,8 @@ class Edges:
 
     def register(self, callback: ConnectionCallback) -> Callable[[], None]:
         """Call ``callback`` at each edge from now on; returns the function that ends that, any number of times."""
+        if not callable(callback) or inspect.iscoroutinefunction(callback):
+            raise TypeError(f"callback must be a plain function of one bool, not {callback!r}; nobody would await it")
         key = object()
         self._callbacks[key] = callback
 

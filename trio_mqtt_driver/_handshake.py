@@ -50,7 +50,9 @@ async def handshake(connection: Connection) -> None:
 def _check(connection: Connection, answer: ConnAck) -> None:
     code = answer.reason_code
     if code == ReasonCode.UNSUPPORTED_PROTOCOL_VERSION:
-        raise ProtocolVersionError(f"the broker does not speak MQTT {'5' if connection.version == 5 else '3.1.1'}")
+        version, other = ("5", "3.1.1") if connection.version == 5 else ("3.1.1", "5")
+        advice = "" if connection.config.protocol == "auto" else f"; set protocol='auto' or {other!r}"
+        raise ProtocolVersionError(f"the broker does not speak MQTT {version}{advice}")
     if code.is_failure:
         terminal = code in TERMINAL_REFUSALS and code not in connection.config.retry_refusals
         words = f": {answer.limits.reason_string}" if answer.limits.reason_string else ""

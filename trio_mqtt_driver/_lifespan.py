@@ -8,9 +8,10 @@ The nursery never shows, because no exception reaches it. What the body raised i
 same object; ``Cancelled`` too, which then meets the scope it belongs to. What a service raised is kept in ``_error``
 and cancels the body. Who wins:
 
-1. what the body raised (an exception, Ctrl-C, or a cancellation from outside), as itself;
-2. else why the driver stopped for good: a terminal refusal, a handler's exception under ``on_handler_error="raise"``;
-   Ctrl-C that hit a service is Ctrl-C again; anything else there is our bug, a ``DriverInternalError``.
+1. Ctrl-C that hit a service: it is Ctrl-C again;
+2. what the body raised (an exception, Ctrl-C, or a cancellation from outside), as itself;
+3. else why the driver stopped for good: a terminal refusal, a handler's exception under ``on_handler_error="raise"``;
+   anything else that a service raised is our bug, a ``DriverInternalError``.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Lifespan:
         except BaseExceptionGroup as exc:  # Ctrl-C, again perhaps, while the services were ending
             raise _translate(exc) from exc
         error = self._error
-        if body_error is not None:
+        if body_error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
             if error is not None and error is not body_error:
                 logger.error("the driver had stopped before the body raised", exc_info=error)
             _raise(body_error)
@@ -88,7 +89,11 @@ class Lifespan:
             with self._services:
                 await services()
         except BaseException as exc:  # noqa: BLE001, ASYNC103  # it is kept, and leaves through around()
-            self.fail(_translate(exc))
+            self.fail_with(exc)
+
+    def fail_with(self, exc: BaseException) -> None:
+        """``fail`` for an exception that came out of a service: Ctrl-C stays itself, anything else is our bug."""
+        self.fail(_translate(exc))
 
     async def _stop(self, stop: Callable[[bool], Awaitable[None]], *, graceful: bool) -> None:
         try:

@@ -94,6 +94,11 @@ class SubscribeRequest:
     retain_as_published: bool = False
     retain_handling: RetainHandling = RetainHandling.SEND
 
+    @property
+    def needs_5(self) -> bool:
+        """Whether it asks for what MQTT 3.1.1 cannot say."""
+        return self.no_local or self.retain_as_published or self.retain_handling != RetainHandling.SEND
+
 
 class _Pipe:
     """What paho takes for its socket. Nothing blocks: an empty pipe says so, and sending always takes everything."""

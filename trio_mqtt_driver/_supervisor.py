@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ import trio
 from ._backoff import Backoff, Delay
 from ._client_id import ClientIds
 from ._config import Attempt, DriverConfig, Endpoint
-from ._connection import Connection, Inbox
+from ._connection import Connection
 from ._edges import Edges
 from ._errors import (
     ConnectionLostError,
@@ -37,6 +37,7 @@ from ._errors import (
 )
 from ._handshake import handshake
 from ._history import History
+from ._inbox import Inbox
 from ._outbox import Outbox
 from ._probe import probe
 from ._registry import Registry, Standing
@@ -114,7 +115,8 @@ class Supervisor:
         self._record(state.value, text, error)
         # A link that cannot be had is worth waking somebody for; the steps of a normal life are not.
         level = logging.WARNING if error is not None or state is State.PAUSED else logging.INFO
-        logger.log(level, "%s: %s", self.config.client_id, text)
+        traceback = error if logger.isEnabledFor(logging.DEBUG) else None
+        logger.log(level, "%s: %s", self.config.client_id, text, exc_info=traceback)
         if state is State.LIVE:
             self._live_since = now
             self._edges.set(True)
@@ -207,7 +209,12 @@ class Supervisor:
         )
         with trio.move_on_after(config.factory_timeout):
             try:
-                options = await config.options_factory(attempt)
+                made = config.options_factory(attempt)
+                if not isinstance(made, Awaitable):  # pyright: ignore[reportUnnecessaryIsInstance]
+                    raise OptionsError(f"options_factory must be an async function, but it returned {made!r}")
+                options = await made
+            except OptionsError:
+                raise
             except Exception as exc:  # whatever the application's code raises is one failed attempt
                 raise OptionsError(f"options_factory failed: {exc!r}") from exc
             if not isinstance(options, DriverConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -340,7 +347,7 @@ class Supervisor:
         if delay.paused:
             self._to(
                 State.PAUSED,
-                f"reconnect paused after {self._backoff.failures} attempts, last error: {said}, "
+                f"reconnect paused after {self._backoff.failures} failures without a stable link, last error: {said}, "
                 f"next trial in {delay.seconds:.0f} s",
                 error,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import ssl
 
 import attrs
@@ -41,21 +42,22 @@ class TLSConfig:
     def __attrs_post_init__(self) -> None:
         if self.cert_file is None and (self.key_file is not None or self.key_password is not None):
             raise ValueError("tls: key_file and key_password need a cert_file")
-        if not self.verify and self.check_hostname:
-            raise ValueError("tls: verify=False cannot check a host name; set check_hostname=False as well")
 
     def make_context(self) -> ssl.SSLContext:
         """A new context. Reads files, so it blocks: call it in a worker thread.
 
         Raises ``OSError`` for a file that cannot be read and ``ssl.SSLError`` for one that makes no sense.
         """
+        for path in (self.ca_file, self.ca_path, self.cert_file, self.key_file):
+            if path is not None:
+                pathlib.Path(path).stat()  # OpenSSL's own error does not say which file is missing
         context = ssl.create_default_context(
             cafile=None if self.ca_file is None else os.fspath(self.ca_file),
             capath=None if self.ca_path is None else os.fspath(self.ca_path),
             cadata=self.ca_data,
         )
         context.minimum_version = self.minimum_version
-        context.check_hostname = self.check_hostname
+        context.check_hostname = self.check_hostname and self.verify
         context.verify_mode = ssl.CERT_REQUIRED if self.verify else ssl.CERT_NONE
         if self.cert_file is not None:
             # Without any password, OpenSSL would ask for that of an encrypted key on the terminal, and wait.

@@ -11,6 +11,13 @@ import attrs
 T = TypeVar("T")
 
 
+class _Word(str, enum.Enum):
+    """A word of a fixed set: equal to its text, and written as it."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
 class QoS(enum.IntEnum):
     """Quality of Service of a PUBLISH or a subscription [MQTT-4.3]."""
 
@@ -34,7 +41,7 @@ class PayloadFormat(enum.IntEnum):
     UTF8 = 1
 
 
-class Overflow(enum.Enum):
+class Overflow(_Word):
     """What a subscription does with a message that finds its queue full. Every drop is counted.
 
     The drop policies take QoS 0 messages only: those of QoS 1 and 2 are bounded by the Receive Maximum instead, so
@@ -48,14 +55,14 @@ class Overflow(enum.Enum):
     that awaits ``publish(qos=1)`` may then wait for an acknowledgement that is not being read."""
 
 
-class OfflinePolicy(enum.Enum):
+class OfflinePolicy(_Word):
     """What ``publish()`` does while the link is down."""
 
     WAIT = "wait"
     FAIL = "fail"
 
 
-class State(enum.Enum):
+class State(_Word):
     """Where the driver is in the life of its connections; see ``_supervisor`` for the transitions."""
 
     NEW = "new"
