@@ -40,9 +40,9 @@ SECONDS_FIELDS = (
 NUMBERS = {
     "keep_alive": (0, 65535),
     "receive_maximum": (1, 65535),
-    "maximum_packet_size": (1024, 268_435_460),
+    "maximum_packet_size": (1024, 268_435_455),
     "topic_alias_maximum": (0, 65535),
-    "in_flight": (1, 65535),
+    "in_flight": (1, 32767),
     "outbox_messages": (1, 10_000_000),
     "outbox_bytes": (1024, 2**40),
     "write_buffer": (1024, 2**32),

@@ -169,7 +169,7 @@ async def test_a_factory_that_is_not_async_is_a_failed_attempt(
     config = config_for(broker)
     async with MQTTDriver(config_for(broker, options_factory=lambda _: config), start="background") as driver:
         await settled()
-        assert failures(driver)[0].startswith("OptionsError: options_factory failed: TypeError(")
+        assert failures(driver)[0].startswith("OptionsError: options_factory must be an async function")
 
 
 # -- TLS --------------------------------------------------------------------------------------------------------------
@@ -189,9 +189,8 @@ async def test_a_tls_error_is_named_and_retried_at_once_but_once_only(
     backoff = BackoffConfig(start=10, factor=1, maximum=10)
     async with MQTTDriver(config_for(broker, open_stream=dialer, backoff=backoff)) as driver:
         waits = [round(after - before, 3) for before, after in pairwise(dialer.attempts)]
-        assert waits[0] == waits[2] == 0
-        assert 1 <= waits[1] <= 10
-        assert 1 <= waits[3] <= 10
+        assert waits[0] == 0
+        assert all(1 <= wait <= 10 for wait in waits[1:])
         assert all(text.startswith("TLSError: ") for text in failures(driver))
         assert "certificate verify failed" in failures(driver)[0]
         assert driver.status().failures == 4

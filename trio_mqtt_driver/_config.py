@@ -223,13 +223,13 @@ class DriverConfig:
 
     receive_maximum: int = attrs.field(default=1000, validator=between(1, 65535))
     """How many unacknowledged QoS 1 and 2 messages this client takes at a time."""
-    maximum_packet_size: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 268_435_460))
+    maximum_packet_size: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 268_435_455))
     topic_alias_maximum: int = attrs.field(default=32, validator=between(0, 65535))
     """How many topic aliases the broker may use."""
     request_response_information: bool = attrs.field(default=False, validator=instance(bool))
     request_problem_information: bool = attrs.field(default=True, validator=instance(bool))
     connect_user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
-    in_flight: int = attrs.field(default=100, validator=between(1, 65535))
+    in_flight: int = attrs.field(default=100, validator=between(1, 32767))
     """How many QoS 1 and 2 publishes may be unacknowledged; the broker's Receive Maximum (20 for 3.1.1) caps it."""
 
     outbox_messages: int = attrs.field(default=10_000, validator=between(1, 10_000_000))

@@ -40,17 +40,18 @@ from ._inbox import Inbox
 from ._inflight import IncomingWindow, OutgoingWindow, PacketIds
 from ._limits import publish_error
 from ._outbox import Outbox, Outgoing
-from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Packet, PacketReader, encode_publish, packet_name
+from ._packets import PINGREQ_PACKET, PINGRESP, PUBCOMP, PUBREL, Packet, PacketReader, encode_publish, packet_name
 from ._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect, SubAck, SubscribeRequest
 from ._replies import Ping, Reply, Request
 from ._transport import lost
 from ._types import Message, PublishResult, ReasonCode, ServerLimits, UserProperties
+from ._writer import Writer
 
 logger = logging.getLogger("trio_mqtt_driver")
 
 _RECEIVE_SIZE = 65536
-_SEND_SIZE = 65536
-"""Written in pieces of this size, so that progress on a slow link is seen between them."""
+_MOST_ANSWERS = 1024 * 1024
+"""Bytes that a peer may make us write while it reads none of them."""
 _WINDOW_3_1_1 = 20
 """3.1.1 has no Receive Maximum; brokers commonly keep 20 and some drop what exceeds it."""
 
@@ -94,12 +95,10 @@ class Connection:
         self._incoming = IncomingWindow(config.receive_maximum)
         self._control: ControlPackets
         self._scope = trio.CancelScope()
-        self._ended = False
+        self.ended = False
+        """Whether nothing can be sent or acknowledged on it any more."""
         self._warned: set[str] = set()
-        self._buffer: list[bytes] = []
-        self._written = 0
-        self._flushed = 0
-        self._wake_writer = trio.Event()
+        self._writer = Writer(stream, counters)
         self.deadlines = Deadlines(config, trio.current_time())
         self._timer = trio.CancelScope()
         self._acknowledged = trio.Event()
@@ -139,7 +138,7 @@ class Connection:
                     self.fail(exc)
                 nursery.cancel_scope.cancel(reason="the session of this connection ended")
         finally:
-            self._ended = True
+            self.ended = True
             try:
                 await trio.aclose_forcefully(self._stream)
             finally:  # it closes the stream even if we are cancelled, but then raises
@@ -155,7 +154,7 @@ class Connection:
 
     def fail(self, error: MQTTDriverError) -> None:
         """The first fault is the cause, and ends the connection."""
-        if self.cause is None and not self._ended:
+        if self.cause is None and not self.ended:
             self.cause = error
             self._scope.cancel(reason=f"connection lost: {error}")
 
@@ -174,7 +173,7 @@ class Connection:
 
     def _exchange(self, packet: bytes) -> Reply[ConnAck | AuthPacket]:
         self._handshake = Reply()
-        self._write(packet)
+        self._writer.write(packet)
         return self._handshake
 
     def connected(self, limits: ServerLimits) -> None:
@@ -207,7 +206,7 @@ class Connection:
 
     def _request(self, packet_id: int, packet: bytes, request: Request) -> Reply[tuple[ReasonCode, ...]]:
         self._requests[packet_id] = request
-        self._write(packet)
+        self._writer.write(packet)
         return request.reply
 
     def ping(self) -> Reply[float]:
@@ -216,7 +215,7 @@ class Connection:
         ping = Ping(now, Reply())
         self.deadlines.pings.append(ping)
         self.deadlines.sent_at = now
-        self._write(PINGREQ_PACKET)
+        self._writer.write(PINGREQ_PACKET)
         self._expect_by(now + self.config.ping_timeout)
         return ping.reply
 
@@ -226,7 +225,7 @@ class Connection:
         Closing at once could reset the connection with the DISCONNECT unread, and the will would be published.
         """
         self._closing = True
-        self._write(self._control.disconnect_packet())
+        self._writer.write_last(self._control.disconnect_packet())
         await self._eof.wait()
 
     # -- publishing ---------------------------------------------------------------------------------------------------
@@ -247,8 +246,8 @@ class Connection:
 
     @property
     def has_room(self) -> bool:
-        """Whether the write buffer takes more."""
-        return self._written - self._flushed < self.config.write_buffer
+        """Whether it takes more."""
+        return not self._closing and self.cause is None and self._writer.waiting < self.config.write_buffer
 
     def send(self, outgoing: Outgoing) -> None:
         """Put one message on the wire, past the outbox; one of QoS 1 or 2 needs room in the window."""
@@ -257,7 +256,7 @@ class Connection:
         self._counters.messages_out += 1
         if self.version != 5 and outgoing.properties != b"\0":
             self._warn_once("properties of PUBLISH need MQTT 5 and are left out")
-        self._write(
+        self._writer.write(
             encode_publish(
                 outgoing.raw_topic,
                 outgoing.payload,
@@ -268,7 +267,7 @@ class Connection:
             )
         )
         if outgoing.qos:
-            self._outgoing.written(outgoing, self._written)
+            self._outgoing.written(outgoing, self._writer.written)
         else:
             self._settle(outgoing, ReasonCode.SUCCESS)
 
@@ -280,7 +279,7 @@ class Connection:
 
     def refill(self) -> None:
         """Send from the outbox what the window and the write buffer have room for."""
-        if not self.deadlines.live or self._closing:
+        if not self.deadlines.live:
             return
         while self.has_room:
             outgoing = self._outbox.peek()
@@ -305,40 +304,24 @@ class Connection:
 
     def acknowledge(self, message: Message[Any]) -> None:
         """A message of this connection was processed by everybody. A no-op, counted, when the connection is over."""
-        if self._ended:
+        if self.ended:
             self._counters.stale_acknowledgements += 1
             return
-        self._write(self._incoming.acknowledge(message))
+        self._writer.answer(self._incoming.acknowledge(message))
         self._acknowledged.set()
 
-    # -- the writer ---------------------------------------------------------------------------------------------------
-
-    def _write(self, data: bytes) -> None:
-        self._buffer.append(data)
-        self._written += len(data)
-        self._wake_writer.set()
-
     async def _write_loop(self) -> None:
-        while True:  # noqa: ASYNC913  # it waits for data, or sends some: there are no empty writes
-            if not self._buffer:
-                self._wake_writer = trio.Event()
-                await self._wake_writer.wait()
-            data = memoryview(b"".join(self._buffer))
-            self._buffer.clear()
-            for start in range(0, len(data), _SEND_SIZE):
-                piece = data[start : start + _SEND_SIZE]
-                try:
-                    await self._stream.send_all(piece)
-                except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
-                    if not self._closing:
-                        self.fail(lost(exc, "writing to the broker"))
-                    return
-                now = self.deadlines.sent_at = trio.current_time()
-                self._flushed += len(piece)
-                self._counters.bytes_out += len(piece)
-                self._outgoing.flushed(self._flushed, now)
-                self._expect_by(now + self.config.ack_timeout)
-            self.refill()
+        try:
+            await self._writer.run(self._flushed)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
+            if not self._closing:
+                self.fail(lost(exc, "writing to the broker"))
+
+    def _flushed(self) -> None:
+        now = self.deadlines.sent_at = trio.current_time()
+        self._outgoing.flushed(self._writer.flushed, now)
+        self._expect_by(now + self.config.ack_timeout)
+        self.refill()
 
     # -- the reader ---------------------------------------------------------------------------------------------------
 
@@ -367,11 +350,15 @@ class Connection:
             if messages:
                 self._counters.messages_in += len(messages)
                 self._inbox.deliver(messages, copies=bool(self.copies))
+            if self._writer.answers > _MOST_ANSWERS:
+                self.fail(
+                    ConnectionLostError(f"the broker reads nothing: {self._writer.answers} bytes of answers wait")
+                )
             self.refill()
             if self._inbox.crowded:
                 await self._inbox.give_way()
             # Only for messages of this link: a queue that is full since the last one must not hide the handshake.
-            if messages and (self._inbox.full or len(self._incoming) > self._incoming.maximum):
+            if messages and (self._inbox.full or self._incoming.unprocessed > self._incoming.maximum):
                 await self._pause()
 
     def _gone(self, error: MQTTDriverError) -> None:
@@ -383,7 +370,8 @@ class Connection:
         self.deadlines.paused = True
         while self._inbox.full:
             await self._inbox.wait_room()
-        while len(self._incoming) > self._incoming.maximum:
+        # Not what waits for PUBREL: that comes from the broker, and could not be read.
+        while self._incoming.unprocessed > self._incoming.maximum:
             self._acknowledged = trio.Event()
             await self._acknowledged.wait()
         self.deadlines.resume(trio.current_time())
@@ -394,7 +382,7 @@ class Connection:
         elif isinstance(packet, tuple):
             first, packet_id, code, reason = packet
             if first == PUBREL:
-                self._write(self._incoming.release(packet_id, self.version))
+                self._writer.answer(self._incoming.release(packet_id, self.version))
                 self._acknowledged.set()
             else:
                 self._take_ack(first, packet_id, code, reason)
@@ -406,7 +394,7 @@ class Connection:
         if message.qos:
             new, answer = self._incoming.publish(message)
             if answer:
-                self._write(answer)
+                self._writer.answer(answer)
             if not new:
                 return
             if self.version == 5 and len(self._incoming) > self._incoming.maximum:
@@ -422,18 +410,20 @@ class Connection:
         messages.append(message)
 
     def _take_ack(self, first: int, packet_id: int, code: int, reason: str | None) -> None:
-        outgoing, answer = self._outgoing.acknowledge(first, packet_id, code, trio.current_time())
-        if answer:
-            self._write(answer)
-        if outgoing is None:
-            return
         try:
             reason_code = ReasonCode(code)
-        except ValueError:
-            reason_code = None
-        if reason_code is None:
-            raise ProtocolError(f"malformed packet: {packet_name(first)} with unknown reason code 0x{code:02x}")
-        if reason_code.is_failure:
+        except ValueError:  # looked at first: what is taken out of the window must be settled
+            name = packet_name(first)
+            raise ProtocolError(f"malformed packet: {name} with unknown reason code 0x{code:02x}") from None
+        outgoing, answer = self._outgoing.acknowledge(first, packet_id, code, trio.current_time())
+        if answer:
+            self._writer.answer(answer)
+        if outgoing is None:
+            return
+        if first == PUBCOMP:
+            # PUBREC has accepted the message; whatever the broker says of the rest, it is delivered.
+            self._settle(outgoing, ReasonCode.SUCCESS)
+        elif reason_code.is_failure:
             words = f": {reason}" if reason else ""
             outgoing.settle(
                 PublishRefusedError(f"the broker refused {outgoing.topic!r}: {reason_code}{words}", reason_code)

@@ -98,7 +98,7 @@ class Dispatcher:
         self, message: Message[Any], registration: Registration[Subscription[Any]], subscription: Subscription[Any]
     ) -> None:
         if message.retain and not registration.options.retain_as_published:
-            message.replayed = 0 < registration.first_generation < message.generation
+            message.replayed = 0 < subscription.first_generation < message.generation
         subscription.put(message)
         if subscription.full:
             (self._blocking if subscription.overflow is Overflow.BLOCK else self._crowded).add(subscription)
@@ -173,6 +173,7 @@ class Dispatcher:
                     subscription.topic_filter,
                     code,
                 )
+            subscription.first_generation = registration.generation
         except BaseException:
             self.close(subscription)
             raise
@@ -213,13 +214,13 @@ class Dispatcher:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The message-dispatch task: home of the handlers' tasks. Runs until cancelled."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                task_status.started()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
                 await trio.sleep_forever()
-        finally:
-            self._nursery = None
+            finally:  # inside: while the nursery waits for its tasks it takes no more
+                self._nursery = None
 
     async def _handle(self, subscription: Subscription[Any]) -> None:
         handler = subscription.handler

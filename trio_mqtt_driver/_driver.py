@@ -334,7 +334,7 @@ class MQTTDriver:
         self._check_open()
         connection = self._supervisor.connection if self.state is State.LIVE else None
         if connection is not None:
-            refusal = subscribe_refusal(connection.limits, topic_filter)
+            refusal = subscribe_refusal(connection.limits, topic_filter, subscription_options.user_properties)
             if refusal is not None:
                 raise ServerLimitError(f"the broker announced that it refuses {topic_filter!r}: {refusal}")
         await self._dispatcher.open(subscription, subscription_options)
@@ -412,6 +412,8 @@ class MQTTDriver:
         The bounds of outbox, history and subscriptions and ``on_handler_error`` stay as they were at the start.
         Raises ``DriverClosedError``.
         """
+        if not isinstance(config, DriverConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"config must be a DriverConfig, not {type(config).__name__}; see DriverConfig.from_url()")
         self._check_open()
         self._supervisor.apply_settings(config)
 

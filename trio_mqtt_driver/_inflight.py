@@ -44,6 +44,7 @@ class OutgoingWindow:
         self._sent: dict[int, Outgoing] = {}
         self._released: dict[int, Outgoing] = {}
         self._unflushed: deque[Outgoing] = deque()
+        self._moved_on = {id(self._sent): -math.inf, id(self._released): -math.inf}
         self.size = size
 
     def __len__(self) -> int:
@@ -72,11 +73,24 @@ class OutgoingWindow:
 
     @property
     def oldest_sent_at(self) -> float:
-        """When the exchange that has waited longest was last moved forward by us; infinite if none waits."""
+        """Since when the first in line waits; infinite if none does.
+
+        That is since it was sent, or since the one before it was acknowledged: a broker that is slow but goes on
+        acknowledging in order is not late.
+        """
         return min(
-            (next(iter(exchanges.values())).sent_at for exchanges in (self._sent, self._released) if exchanges),
+            (
+                max(next(iter(exchanges.values())).sent_at, self._moved_on[id(exchanges)])
+                for exchanges in (self._sent, self._released)
+                if exchanges
+            ),
             default=math.inf,
         )
+
+    def _take(self, exchanges: dict[int, Outgoing], packet_id: int, now: float) -> Outgoing | None:
+        if exchanges and next(iter(exchanges)) == packet_id:
+            self._moved_on[id(exchanges)] = now
+        return exchanges.pop(packet_id, None)
 
     def acknowledge(self, first: int, packet_id: int, code: int, now: float) -> tuple[Outgoing | None, bytes]:
         """Take a PUBACK, PUBREC or PUBCOMP: the outgoing whose exchange it ends, if any, and the answer to send.
@@ -84,7 +98,7 @@ class OutgoingWindow:
         An acknowledgement of nothing is tolerated (brokers repeat them); one of the wrong kind is a ProtocolError.
         """
         if first == PUBCOMP:
-            outgoing = self._released.pop(packet_id, None)
+            outgoing = self._take(self._released, packet_id, now)
             if outgoing is None and packet_id in self._sent:
                 raise ProtocolError(f"protocol error: PUBCOMP for packet identifier {packet_id} before its PUBREC")
             return self._end(packet_id, outgoing), b""
@@ -96,11 +110,11 @@ class OutgoingWindow:
             )
         if first == PUBREC and code < 0x80:
             if outgoing is not None:
-                del self._sent[packet_id]
+                self._take(self._sent, packet_id, now)
                 outgoing.sent_at = now
                 self._released[packet_id] = outgoing
             return None, encode_ack(PUBREL, packet_id)
-        self._sent.pop(packet_id, None)
+        self._take(self._sent, packet_id, now)
         return self._end(packet_id, outgoing), b""
 
     def _end(self, packet_id: int, outgoing: Outgoing | None) -> Outgoing | None:
@@ -127,6 +141,8 @@ class IncomingWindow:
         self.maximum = maximum
         self._qos1 = 0
         self._qos2: dict[int, bool] = {}  # packet identifier -> whether PUBREC is sent
+        self.unprocessed = 0
+        """Those that the application is not done with; the others wait for the broker's PUBREL."""
 
     def __len__(self) -> int:
         return self._qos1 + len(self._qos2)
@@ -135,15 +151,18 @@ class IncomingWindow:
         """Take a QoS 1 or 2 PUBLISH: whether it is new, and what to answer at once if it is not [MQTT-4.3.3-10]."""
         if message.qos == 1:
             self._qos1 += 1
+            self.unprocessed += 1
             return True, b""
         recorded = self._qos2.get(message.packet_id)
         if recorded is None:
             self._qos2[message.packet_id] = False
+            self.unprocessed += 1
             return True, b""
         return False, encode_ack(PUBREC, message.packet_id) if recorded else b""
 
     def acknowledge(self, message: Message[object]) -> bytes:
         """The message was processed: the PUBACK or PUBREC to send."""
+        self.unprocessed -= 1
         if message.qos == 1:
             self._qos1 -= 1
             return encode_ack(PUBACK, message.packet_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ._errors import ServerLimitError
 from ._outbox import Outgoing
 from ._topics import split_share
-from ._types import ReasonCode, ServerLimits
+from ._types import ReasonCode, ServerLimits, UserProperties
 
 
 def publish_error(limits: ServerLimits, outgoing: Outgoing) -> ServerLimitError | None:
@@ -27,11 +27,19 @@ def publish_error(limits: ServerLimits, outgoing: Outgoing) -> ServerLimitError 
     return None
 
 
-def subscribe_refusal(limits: ServerLimits, topic_filter: str) -> ReasonCode | None:
+def subscribe_refusal(
+    limits: ServerLimits, topic_filter: str, user_properties: UserProperties = ()
+) -> ReasonCode | None:
     """The code with which the broker would refuse this Topic Filter; None if it announced nothing of the kind."""
     group, plain = split_share(topic_filter)
     if group is not None and not limits.shared_available:
         return ReasonCode.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED
     if not limits.wildcard_available and ("#" in plain or "+" in plain):
         return ReasonCode.WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED
+    if limits.maximum_packet_size is not None:
+        # Fixed header 5, packet identifier 2, property length 4, identifier 5, filter length 2, options 1.
+        size = 19 + len(topic_filter.encode())
+        size += sum(5 + len(name.encode()) + len(value.encode()) for name, value in user_properties)
+        if size > limits.maximum_packet_size:
+            return ReasonCode.PACKET_TOO_LARGE
     return None

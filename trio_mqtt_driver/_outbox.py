@@ -37,6 +37,8 @@ class Outgoing:
     sent_at: float = math.inf
     """When its last byte left for the network; not before that can an acknowledgement be overdue."""
     wire_end: int = 0
+    queued: bool = False
+    """Whether it is in the outbox and not on a connection."""
     result: PublishResult | None = None
     error: Exception | None = None
     on_settled: Callable[[Outgoing], None] | None = None
@@ -110,6 +112,7 @@ class Outbox:
         self._max_bytes = max_bytes
         self._queue: deque[Outgoing] = deque()
         self._waiting_qos0 = 0
+        self._given_up = 0  # settled, and still in the queue
         self._turn = trio.StrictFIFOLock()
         self._room = trio.Event()
         self._empty = trio.Event()
@@ -117,7 +120,7 @@ class Outbox:
         self.accepted_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._queue) - self._given_up
 
     @property
     def holds_qos0(self) -> bool:
@@ -152,31 +155,42 @@ class Outbox:
         self.accepted += 1
         self.accepted_bytes += outgoing.size
         outgoing.on_settled = self._settled
+        outgoing.queued = True
         self._queue.append(outgoing)
         self._waiting_qos0 += outgoing.qos == 0
 
     def put_back(self, messages: Iterable[Outgoing]) -> None:
         """A connection died: its unsettled messages, oldest first, go before everything that waits."""
         back = [outgoing for outgoing in messages if not outgoing.done]
+        for outgoing in back:
+            outgoing.queued = True
         self._queue.extendleft(reversed(back))
 
     def take(self) -> Outgoing | None:
         """The next message to send; None if there is none."""
-        while self._queue:
-            outgoing = self._queue.popleft()
+        outgoing = self.peek()
+        if outgoing is not None:
+            self._queue.popleft()
+            outgoing.queued = False
             self._waiting_qos0 -= outgoing.qos == 0
-            if not outgoing.done:
-                return outgoing
-        return None
+        return outgoing
 
     def peek(self) -> Outgoing | None:
         while self._queue:
             if not self._queue[0].done:
                 return self._queue[0]
             self._waiting_qos0 -= self._queue.popleft().qos == 0
+            self._given_up -= 1
         return None
 
     def _settled(self, outgoing: Outgoing) -> None:
+        if outgoing.queued:
+            # Given up while it waited: it is swept out before such ones are the greater part, payload and all.
+            self._given_up += 1
+            if 2 * self._given_up > len(self._queue):
+                self._queue = deque(one for one in self._queue if not one.done)
+                self._waiting_qos0 = sum(one.qos == 0 for one in self._queue)
+                self._given_up = 0
         self.accepted -= 1
         self.accepted_bytes -= outgoing.size
         self._room.set()

@@ -322,9 +322,9 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         except ProtocolError:
             raise
         except Exception as exc:
-            raise ProtocolError(f"malformed packet: {packet_name(first)} {packet[:40]!r}: {exc!r}") from exc
+            raise ProtocolError(f"malformed packet: {packet_name(first)}{_shown(packet)}: {exc!r}") from exc
         if first not in (SUBACK, UNSUBACK) or len(self._events) != 1:
-            raise ProtocolError(f"malformed packet: {packet_name(first)} {packet[:40]!r}")
+            raise ProtocolError(f"malformed packet: {packet_name(first)}{_shown(packet)}")
         return self._events.pop()
 
     def _connack(self, body: bytes) -> ConnAck:
@@ -346,6 +346,11 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
             self._pipe.incoming += b"\x20\x03\0\0\0" if self._version5 else b"\x20\x02\0\0"
             self._client.loop_read()
         return ConnAck(bool(body[0]), code, limits, data)
+
+
+def _shown(packet: bytes) -> str:
+    """The beginning of a packet, unless it may hold authentication data."""
+    return "" if packet[0] in (AUTH, CONNACK) else f" {packet[:40]!r}"
 
 
 def _code(value: int) -> ReasonCode:

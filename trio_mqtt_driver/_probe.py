@@ -12,7 +12,7 @@ from ._limits import publish_error
 from ._outbox import Outgoing
 from ._paho import SubscribeRequest
 from ._replies import Reply
-from ._topics import check_topic
+from ._topics import MAXIMUM_LENGTH, check_topic
 from ._types import Message, ReasonCode
 
 _ADVICE = "allow it in the broker's access list, or set probe_topic or probe='ping'"
@@ -24,6 +24,10 @@ async def probe(connection: Connection) -> str:
     if config.probe == "ping" or connection.limits.maximum_qos == 0:
         return await _ping(connection)
     topic = config.probe_topic_for(connection.client_id)
+    try:
+        check_topic(topic, "probe_topic")
+    except ValueError as exc:
+        raise ProbeError(f"the client ID {connection.client_id[:60]!r} makes no probe topic: {exc}") from exc
     with trio.move_on_after(config.probe_timeout) as scope:
         if config.probe == "echo":
             await _echo(connection, topic)
@@ -73,13 +77,16 @@ async def _echo(connection: Connection, topic: str) -> None:
         raise ProbeError(f"the broker refused to unsubscribe from the probe topic {topic!r}: {code}")
 
 
-async def sends_copies(connection: Connection) -> bool:
+async def sends_copies(connection: Connection) -> bool | None:
     """Ask the broker with a message on two overlapping filters; a second one ends the wait for copies of the first.
 
     A broker that lets us not subscribe there, or does not answer in ``probe_timeout``, is taken to send one copy.
+    None if that cannot be told yet, since reading pauses.
     """
     base = connection.config.probe_topic_for(connection.client_id)
     topic = f"{base}/copies"
+    if len(topic.encode()) > MAXIMUM_LENGTH:
+        return False
     filters = [topic, f"{base}/+"]
     seen: list[bytes] = []
     both = Reply[None]()
@@ -100,4 +107,6 @@ async def sends_copies(connection: Connection) -> bool:
     with trio.move_on_after(connection.config.probe_timeout):
         await connection.unsubscribe(filters).wait()
     connection.intercept = None
+    if not both.done and connection.deadlines.paused:
+        return None
     return seen.count(b"1") > 1

@@ -68,11 +68,13 @@ class Registration(Generic[M]):
     identifier: int | None
     """The Subscription Identifier: the application's, or that of the registration's class."""
     members: list[M] = attrs.field(factory=list[M])
+    wishes: dict[M, int] = attrs.field(factory=dict[M, int])
+    """The QoS that each member asked for."""
     standing: Standing = Standing.DUE
     reason_code: ReasonCode | None = None
     """What the last SUBACK said; None before the first."""
-    first_generation: int = 0
-    """The generation that granted it first; retained messages that a later one brings are repetitions."""
+    generation: int = 0
+    """The one that answered last."""
     revision: int = 0
     told: bool = False
     """Whether a SUBSCRIBE for it went to the present session."""
@@ -158,6 +160,7 @@ class Registry(Generic[M]):
         """
         registration = self._wanted.get(topic_filter)
         if registration is None:
+            self._check_identifier(topic_filter, options.identifier)
             registration = Registration[M](topic_filter, options, options.identifier)
             number = self._classify(registration)
             if options.identifier is None and self._identifiers and number <= OWN_IDENTIFIERS:
@@ -176,18 +179,38 @@ class Registry(Generic[M]):
             if options.qos > registration.options.qos:
                 registration.options = options
         registration.members.append(member)
+        registration.wishes[member] = options.qos
         registration.revision += 1
         self._make_due(registration)
         self.version += 1
         return registration, registration.revision
+
+    def _check_identifier(self, topic_filter: str, identifier: int | None) -> None:
+        """Overlapping filters with one identifier could not be told apart by it."""
+        if identifier is None:
+            return
+        filters: FilterTrie[str] = FilterTrie()
+        filters.add(topic_filter, topic_filter)
+        for other in self:
+            if other.identifier == identifier and filters.overlaps(other.topic_filter):
+                raise ValueError(
+                    f"identifier is {identifier}, which {other.topic_filter!r} has, and {topic_filter!r} overlaps it; "
+                    "allowed are those that no overlapping filter has"
+                )
 
     def remove(self, registration: Registration[M], member: M) -> Leaving | None:
         """Want no longer. The last member takes the filter off the broker: returns what to wait for, if that is so."""
         if member not in registration.members:
             return None
         registration.members.remove(member)
+        del registration.wishes[member]
         self.version += 1
         if registration.members:
+            if registration.standing is Standing.REFUSED:
+                # It was the newcomer's wish that was refused: back to what the others had.
+                registration.options = attrs.evolve(registration.options, qos=max(registration.wishes.values()))
+                registration.revision += 1
+                self._make_due(registration)
             return None
         registration.changed.set()  # nobody will answer who still waits
         topic_filter = registration.topic_filter
@@ -278,8 +301,7 @@ class Registry(Generic[M]):
         """The broker answered for a filter as it was at ``revision``."""
         registration.reason_code = code
         registration.answered = max(registration.answered, revision)
-        if not code.is_failure and not registration.first_generation:
-            registration.first_generation = generation
+        registration.generation = generation
         if registration.revision == revision and registration.standing is Standing.SENT:
             registration.standing = Standing.REFUSED if code.is_failure else Standing.GRANTED
         registration.changed.set()

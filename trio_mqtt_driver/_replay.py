@@ -15,6 +15,9 @@ from ._registry import Batch, Registration, Registry
 from ._replies import Reply
 from ._types import ReasonCode
 
+_WAVE = 10_000
+"""Packets that wait for their answers at a time: each takes a packet identifier, of which there are 65,535."""
+
 
 async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
     """Tell the broker everything that is due, in batches sent at once, and take in the answers.
@@ -26,7 +29,7 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
     size = connection.config.replay_batch
     while True:
         leaving = registry.leaving
-        removals = [leaving[start : start + size] for start in range(0, len(leaving), size)]
+        removals = _split(leaving, size, connection.limits.maximum_packet_size)
         # UNSUBSCRIBE first, and answered: a filter that left and came back must end up subscribed.
         replies = [(filters, connection.unsubscribe(filters)) for filters in removals]
         for filters, reply in replies:
@@ -39,7 +42,22 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
             return
         if connection.copies is None and registry.overlapping and not connection.marks_copies:
             connection.copies = await sends_copies(connection)
-        await _subscribe(connection, registry, batches)
+        for start in range(0, len(batches), _WAVE):
+            await _subscribe(connection, registry, batches[start : start + _WAVE])
+
+
+def _split(filters: list[str], size: int, max_bytes: int | None) -> list[list[str]]:
+    """UNSUBSCRIBE packets of at most ``size`` filters and ``max_bytes``."""
+    packets: list[list[str]] = []
+    room = 0
+    for topic_filter in filters:
+        length = 2 + len(topic_filter.encode())
+        if not packets or len(packets[-1]) >= size or (max_bytes is not None and length > room):
+            packets.append([])
+            room = 0 if max_bytes is None else max_bytes - 16
+        packets[-1].append(topic_filter)
+        room -= length
+    return packets
 
 
 async def _subscribe(connection: Connection, registry: Registry[Any], batches: list[Batch[Any]]) -> None:
@@ -47,7 +65,7 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
     for batch in batches:
         sent: list[tuple[Registration[Any], int]] = []
         for registration, revision in zip(batch.registrations, batch.revisions, strict=True):
-            refusal = subscribe_refusal(connection.limits, registration.topic_filter)
+            refusal = subscribe_refusal(connection.limits, registration.topic_filter, batch.user_properties)
             if refusal is None:
                 sent.append((registration, revision))
             else:

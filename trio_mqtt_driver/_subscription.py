@@ -83,6 +83,8 @@ class Subscription(Generic[T]):
         self._changed = changed
         self._failed = failed
         self._queue: deque[Message[Any]] = deque()
+        self.first_generation = 0
+        """The generation that granted it; retained messages that a later one brings are repetitions."""
         self._arrived = trio.Event()
         self._handed_out: Message[T] | None = None
         self._receiving = False
@@ -144,7 +146,8 @@ class Subscription(Generic[T]):
     def shorten(self) -> None:
         """Apply the overflow policy to a queue that has become too long.
 
-        QoS 1 and 2 stay: unacknowledged ones are bounded by the connection's Receive Maximum.
+        QoS 1 and 2 stay: unacknowledged ones are bounded by the connection's Receive Maximum. But those of a
+        connection that is over, which nobody can acknowledge any more, go like QoS 0.
         """
         excess = len(self._queue) - self.queue_messages
         if excess <= 0 or self.overflow is Overflow.BLOCK:
@@ -152,7 +155,7 @@ class Subscription(Generic[T]):
         newest = self.overflow is Overflow.DROP_NEWEST
         kept: deque[Message[Any]] = deque()
         for message in reversed(self._queue) if newest else self._queue:
-            if excess and not message.qos:
+            if excess and (not message.qos or message._stale):  # pyright: ignore[reportPrivateUsage]
                 excess -= 1
                 self._dropped += 1
                 self._counters.dropped += 1

@@ -112,7 +112,7 @@ class Supervisor:
             raise RuntimeError(f"illegal transition from {self.state} to {state}")
         before, self.state = self.state, state
         now = self._since = trio.current_time()
-        self._record(state.value, text, error)
+        text = self._record(state.value, text, error)
         # A link that cannot be had is worth waking somebody for; the steps of a normal life are not.
         level = logging.WARNING if error is not None or state is State.PAUSED else logging.INFO
         traceback = error if logger.isEnabledFor(logging.DEBUG) else None
@@ -125,8 +125,9 @@ class Supervisor:
         self._changed.set()
         self._changed = trio.Event()
 
-    def _record(self, kind: str, text: str, error: BaseException | None = None) -> None:
-        self._history.record(
+    def _record(self, kind: str, text: str, error: BaseException | None = None) -> str:
+        """Returns the text as it is kept: on one line and shortened, for a part of it may be the broker's."""
+        event = self._history.record(
             at=trio.current_time(),
             wall=self.config.wall_clock(),
             kind=kind,
@@ -134,6 +135,7 @@ class Supervisor:
             text=text,
             error=error,
         )
+        return event.text
 
     async def wait_live(self) -> None:
         """Return when the link is live. Raises ``DriverClosedError`` or the terminal refusal."""
@@ -211,7 +213,9 @@ class Supervisor:
             try:
                 made = config.options_factory(attempt)
                 if not isinstance(made, Awaitable):  # pyright: ignore[reportUnnecessaryIsInstance]
-                    raise OptionsError(f"options_factory must be an async function, but it returned {made!r}")
+                    raise OptionsError(
+                        f"options_factory must be an async function, but it returned a {type(made).__name__}"
+                    )
                 options = await made
             except OptionsError:
                 raise
@@ -283,6 +287,8 @@ class Supervisor:
         if self.generation:
             self._history.counters.replays += len(self._registry)
         await synchronise(connection, self._registry)
+        # The last answer may have come together with a cancellation: a link that is given up must not go live.
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._go_live(connection)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_synchronised, connection)
@@ -296,6 +302,7 @@ class Supervisor:
     def _go_live(self, connection: Connection) -> None:
         self.generation += 1
         self._attempts = 0
+        self._wake = trio.Event()  # what asked for this link is done; it must not shorten a later wait
         self._history.counters.connections += 1
         refused = self._registry.degraded
         for registration in refused:

@@ -157,6 +157,9 @@ NO_PROPERTIES = PublishProperties()
 class Acknowledger(Protocol):
     """The connection that a message came from, as far as a message knows it."""
 
+    @property
+    def ended(self) -> bool: ...
+
     def acknowledge(self, message: Message[Any]) -> None: ...
 
 
@@ -182,6 +185,11 @@ class Message(Generic[T]):
     _source: Acknowledger | None = None
     _pending: list[int] | None = None
     """Shared by the copies of one message: how many subscriptions are not done with it."""
+
+    @property
+    def _stale(self) -> bool:
+        """Whether the connection that it came from is over."""
+        return self._source is not None and self._source.ended
 
     def _for_one_of(self, pending: list[int]) -> Message[T]:
         """A copy for one of several subscriptions, each with a value of its own."""

@@ -1,0 +1,73 @@
+"""The way out of one connection: what waits to be sent, and the only task that sends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from ._history import Counters
+
+_SEND_SIZE = 65536
+"""Written in pieces of this size, so that progress on a slow link is seen between them."""
+
+
+class Writer:
+    """Gathers packets and sends them in batches."""
+
+    def __init__(self, stream: trio.abc.Stream, counters: Counters) -> None:
+        self._stream = stream
+        self._counters = counters
+        self._buffer: list[bytes] = []
+        self._wake = trio.Event()
+        self._answers = 0
+        self._ended = False
+        self.written = 0
+        """Bytes taken so far."""
+        self.flushed = 0
+        """Bytes sent so far."""
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that are taken and not sent."""
+        return self.written - self.flushed
+
+    @property
+    def answers(self) -> int:
+        """Bytes of answers that are taken and not sent."""
+        return self._answers
+
+    def write(self, packet: bytes) -> None:
+        """Take a packet; nothing follows the last one [MQTT-3.14.4-2]."""
+        if self._ended:
+            return
+        self._buffer.append(packet)
+        self.written += len(packet)
+        self._wake.set()
+
+    def answer(self, packet: bytes) -> None:
+        """Take a packet that the peer made us write: so many it can make, but not without bound."""
+        self._answers += len(packet)
+        self.write(packet)
+
+    def write_last(self, packet: bytes) -> None:
+        """Take DISCONNECT."""
+        self.write(packet)
+        self._ended = True
+
+    async def run(self, on_flushed: Callable[[], None]) -> None:
+        """Send until cancelled, which may leave half a packet sent. Raises what the stream raises."""
+        while True:  # noqa: ASYNC913  # it waits for data, or sends some: there are no empty packets
+            if not self._buffer:
+                self._wake = trio.Event()
+                await self._wake.wait()
+            data = memoryview(b"".join(self._buffer))
+            self._buffer.clear()
+            answers = self._answers
+            for start in range(0, len(data), _SEND_SIZE):
+                piece = data[start : start + _SEND_SIZE]
+                await self._stream.send_all(piece)
+                self.flushed += len(piece)
+                self._counters.bytes_out += len(piece)
+                on_flushed()
+            self._answers -= answers
