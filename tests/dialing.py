@@ -18,7 +18,7 @@ class TracedStream(trio.abc.Stream):
         self._stream = stream
         self._on_close = on_close
         self.broken: Exception | None = None
-        self.poisoned: Exception | None = None
+        self.poisoned: BaseException | None = None
         """Raised by the next read that returns something."""
         self.closed = False
 

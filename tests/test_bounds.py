@@ -20,6 +20,7 @@ from trio_mqtt_driver import (
     ServerLimitError,
     State,
     SubscribeError,
+    _replay,
 )
 from trio_mqtt_driver._outbox import Outgoing
 from trio_mqtt_driver.testing import Kind, MemoryBroker, Subscribe, Unsubscribe
@@ -200,8 +201,15 @@ def test_the_window_may_not_take_all_packet_identifiers() -> None:
         DriverConfig(endpoint=Endpoint(host="memory", port=1883), in_flight=65535)
 
 
-async def test_subscribe_packets_are_sent_a_bounded_number_at_a_time(
-    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+@pytest.fixture
+def wave(monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many packets may wait for their answers: fewer than usual, so that a test with few filters shows it."""
+    monkeypatch.setattr(_replay, "_WAVE", 100)
+    return 100
+
+
+async def test_the_packets_of_a_replay_wait_for_answers_a_bounded_number_at_a_time(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, wave: int
 ) -> None:
     """Each takes a packet identifier until it is answered."""
     many = 3000
@@ -212,12 +220,29 @@ async def test_subscribe_packets_are_sent_a_bounded_number_at_a_time(
         broker.forget()
         with broker.faults.hold(Kind.SUBACK) as hold:
             broker.drop()
-            await trio.sleep(1)
-            assert 0 < hold.held < many
+            await trio.sleep(2)
+            assert hold.held == wave
         await driver.wait_live()
         sent = [packet for _, packet in broker.received if isinstance(packet, Subscribe)]
         assert len(sent) == many
         assert all(len(packet.requests) == 1 for packet in sent)
         assert driver.generation == 2
         assert driver.status().subscriptions == many
+    assert not broker.violations
+
+
+async def test_the_packets_of_many_unsubscribes_wait_for_answers_a_bounded_number_at_a_time(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, wave: int
+) -> None:
+    many = 1000
+    async with MQTTDriver(memory_config(broker, replay_batch=1)) as driver:
+        subscriptions = [await driver.subscribe(f"t/{number}", print) for number in range(many)]
+        async with trio.open_nursery() as unsubscribing:
+            with broker.faults.hold(Kind.UNSUBACK) as hold:
+                for subscription in subscriptions:
+                    unsubscribing.start_soon(driver.unsubscribe, subscription)
+                await settled()
+                assert 0 < hold.held <= wave
+        assert not broker.subscriptions(driver.client_id or "")
+        assert driver.generation == 1
     assert not broker.violations

@@ -5,9 +5,14 @@ import re
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given, strategies as st
 
+from tests.peers import memory_config
+from trio_mqtt_driver import MQTTDriver
 from trio_mqtt_driver._client_id import ClientIds, default_base
+from trio_mqtt_driver.testing import MemoryBroker
 
 
 class Clock:
@@ -130,3 +135,33 @@ def test_the_default_base_is_short_random_and_within_what_every_broker_allows() 
     for base in bases:
         assert re.fullmatch("trio[a-z0-9]{5}", base)
         assert len(ClientIds(base, Clock()).make(1)) == 23
+
+
+async def test_an_id_that_makes_the_probe_topic_too_long_is_a_failed_attempt(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    broker = MemoryBroker(nursery)
+    ids = ["x" * 65530, "short"]
+    config = memory_config(broker, client_id_factory=lambda base, generation, now: ids.pop(0), protocol="5")
+    async with MQTTDriver(config) as driver:
+        assert driver.client_id == "short"
+        assert driver.generation == 1
+        errors = [event.error for event in driver.status().history if event.error is not None]
+        assert len(errors) == 1
+        assert errors[0].startswith("ProbeError: ")
+        assert "probe_topic" in errors[0]
+
+
+async def test_an_id_that_makes_the_topic_of_the_overlap_test_too_long_leaves_the_link_alone(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """That topic is a little longer than the probe topic."""
+    broker = MemoryBroker(nursery)
+    name = "x" * (65535 - len("trio_mqtt_driver/probe/") - 3)
+    config = memory_config(broker, client_id_factory=lambda base, generation, now: name, protocol="3.1.1")
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("a/#", print)
+        await driver.subscribe("a/b", print)
+        await trio.sleep(60)
+        assert driver.generation == 1
+    assert not broker.violations

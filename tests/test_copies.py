@@ -125,3 +125,60 @@ def test_the_dealer_remembers_a_bounded_number_of_messages() -> None:
         assert dealer.deal(Message("t", b"%d" % number), "AB") == "A"
     assert dealer.deal(Message("t", b"4999"), "AB") == "B"
     assert dealer.deal(Message("t", b"0"), "AB") == "A"
+
+
+@pytest.mark.parametrize("overlapping", ["once", "copies"])
+async def test_a_question_asked_while_reading_pauses_is_not_answered_wrongly(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, overlapping: Literal["once", "copies"]
+) -> None:
+    """The answer lies unread behind the messages of a full subscription: silence is no answer."""
+    broker = MemoryBroker(nursery, overlapping=overlapping)
+    release = trio.Event()
+    received: dict[str, list[bytes]] = {"a/#": [], "a/b": []}
+
+    async def slow(message: Message[bytes]) -> None:
+        await release.wait()
+
+    async with MQTTDriver(memory_config(broker, protocol="3.1.1")) as driver, trio.open_nursery() as subscribing:
+        await driver.subscribe("z", slow, overflow="block", queue_messages=1)
+        for _ in range(3):
+            broker.publish("z", b"x")
+        await settled()
+
+        async def subscribe(topic_filter: str) -> None:
+            await driver.subscribe(topic_filter, lambda message: received[topic_filter].append(message.payload))
+
+        for topic_filter in received:
+            subscribing.start_soon(subscribe, topic_filter)
+        await trio.sleep(60)
+        release.set()
+        await trio.sleep(60)
+        for number in range(3):
+            broker.publish("a/b", b"%d" % number)
+        await settled()
+        assert received == {"a/#": [b"0", b"1", b"2"], "a/b": [b"0", b"1", b"2"]}
+        assert driver.generation == 1
+    assert not broker.violations
+
+
+@pytest.mark.parametrize("second", ["a/b", "$share/group/a/b", "+/b"])
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+async def test_overlapping_filters_may_not_share_an_identifier_of_the_application(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, version: str, second: str
+) -> None:
+    """A copy with it could be for either."""
+    broker = MemoryBroker(nursery, overlapping="copies")
+    received: list[str] = []
+    async with MQTTDriver(memory_config(broker, protocol=version)) as driver:
+        first = await driver.subscribe("a/#", lambda message: received.append("a/#"), identifier=5000)
+        with pytest.raises(ValueError, match="5000"):
+            await driver.subscribe(second, print, identifier=5000)
+        assert set(broker.subscriptions(driver.client_id or "")) == {"a/#"}
+        await driver.subscribe("other", lambda message: received.append("other"), identifier=5000)
+        await driver.subscribe("a/b", lambda message: received.append("a/b"), identifier=5001)
+        await driver.publish("a/b")
+        await driver.publish("other")
+        await settled()
+        assert sorted(received) == ["a/#", "a/b", "other"]
+        await driver.unsubscribe(first)
+        await driver.subscribe("a/+", print, identifier=5000)

@@ -240,3 +240,28 @@ async def test_a_real_ctrl_c_is_a_keyboard_interrupt_after_a_clean_end_in_real_t
             process.kill()
     assert said == b"live\nKeyboardInterrupt ['last'] []\n"
     assert (process.returncode, errors) == (0, b"")
+
+
+async def test_a_subscribe_of_a_task_outside_the_body_ends_with_the_driver(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
+    """Whenever it comes: before, while and after the driver is left."""
+    outcomes: list[str] = []
+
+    async def subscribe(driver: MQTTDriver, turns: int) -> None:
+        for _ in range(turns):
+            await trio.lowlevel.checkpoint()
+        try:
+            await driver.subscribe("in", print)
+            outcomes.append("granted")
+        except DriverClosedError:
+            outcomes.append("closed")
+
+    for turns in range(60):
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(60):
+                async with MQTTDriver(config_for(broker)) as driver:
+                    nursery.start_soon(subscribe, driver, turns)
+        assert len(outcomes) == turns + 1, turns
+    assert "closed" in outcomes
+    assert not broker.violations

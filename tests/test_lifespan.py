@@ -269,3 +269,51 @@ async def test_ctrl_c_in_a_handler_is_ctrl_c(broker: MemoryBroker, autojump_cloc
             await driver.subscribe("in", handler)
             broker.publish("in", b"x")
             await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("publishers", [1, 20])
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_ctrl_c_that_hits_a_task_of_the_driver_leaves_a_busy_body_as_ctrl_c(
+    broker: MemoryBroker, publishers: int, qos: int, autojump_clock: MockClock
+) -> None:
+    """Whatever the publishers raise when the driver goes, one by one or as a group: it is none of their errors."""
+    before = count_tasks()
+    dialer = Dialer(broker)
+    turns = 0
+
+    async def publish(driver: MQTTDriver) -> None:
+        nonlocal turns
+        while True:
+            await driver.publish("out", b"x", qos=qos)
+            turns += 1
+            if turns == 10 * publishers:
+                dialer.streams[0].poisoned = KeyboardInterrupt()
+                broker.publish("in", b"x")
+            await trio.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt), trio.fail_after(60):  # noqa: PT012  # the body is under test
+        async with MQTTDriver(config_for(broker, open_stream=dialer)) as driver:
+            await driver.subscribe("in", print)
+            if publishers == 1:
+                await publish(driver)
+            async with trio.open_nursery() as nursery:
+                for _ in range(publishers):
+                    nursery.start_soon(publish, driver)
+    assert driver.state is State.CLOSED
+    await settled()
+    assert count_tasks() == before
+
+
+async def test_ctrl_c_that_hits_a_task_of_the_driver_wins_over_what_the_body_catches_and_raises(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
+    dialer = Dialer(broker)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012  # the body is under test
+        async with MQTTDriver(config_for(broker, open_stream=dialer)):
+            dialer.streams[0].poisoned = KeyboardInterrupt()
+            broker.publish("in", b"x")
+            broker.send(broker.clients[0], b"\xd0\x00")
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise ValueError("while leaving")

@@ -6,9 +6,11 @@ import pytest
 import trio
 import trio.testing
 
+from tests.dialing import TracedStream
 from tests.peers import memory_config
 from trio_mqtt_driver import (
     DriverClosedError,
+    Endpoint,
     Message,
     MessageLostError,
     MQTTDriver,
@@ -372,3 +374,29 @@ async def test_all_properties_arrive_with_version_5_and_are_left_out_with_3_1_1(
     assert with_5.correlation_data == b"\x00\xff"
     assert with_5.user_properties == (("a", "1"), ("a", "2"))
     assert (with_3.content_type, with_3.user_properties) == (None, ())
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+async def test_a_message_of_qos_0_is_not_handed_to_a_link_that_has_failed_already(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, version: str
+) -> None:
+    """Between the fault and the change of state the link still calls itself live."""
+    seen: list[State] = []
+
+    def publish() -> None:
+        seen.append(driver.state)
+        if len(seen) == 1:
+            for number in range(3):
+                driver.publish_nowait("late", b"%d" % number)
+
+    async def open_stream(endpoint: Endpoint) -> trio.abc.Stream:
+        return TracedStream(await broker.connect_stream(), on_close=publish)
+
+    config = memory_config(broker, open_stream=open_stream, protocol=version)
+    async with MQTTDriver(config) as driver:
+        await trio.sleep(100)
+        broker.drop()
+        await trio.sleep(100)
+        assert seen[0] is State.LIVE
+        assert driver.generation == 2
+        assert arrived(broker, "late") == [b"0", b"1", b"2"]

@@ -214,7 +214,7 @@ class DriverConfig:
     """How long ``publish()`` waits in all, outages included, before it gives the message up."""
     disconnect_timeout: float = attrs.field(default=2.0, validator=seconds)
     drain_timeout: float = attrs.field(default=5.0, validator=seconds)
-    """How long leaving the driver waits for acknowledgements that are still out, on a live link."""
+    """How long leaving the driver waits for what was published and is not acknowledged, on a live link."""
     backoff: BackoffConfig = attrs.field(factory=BackoffConfig, validator=instance(BackoffConfig))
     retry_refusals: frozenset[ReasonCode] = attrs.field(
         default=frozenset[ReasonCode](), converter=_frozenset, validator=_reason_codes

@@ -101,7 +101,9 @@ class Dispatcher:
             message.replayed = 0 < subscription.first_generation < message.generation
         subscription.put(message)
         if subscription.full:
-            (self._blocking if subscription.overflow is Overflow.BLOCK else self._crowded).add(subscription)
+            self._crowded.add(subscription)
+            if subscription.overflow is Overflow.BLOCK:
+                self._blocking.add(subscription)
 
     def _find_targets(self, topic: str) -> tuple[Target, ...]:
         targets = tuple(

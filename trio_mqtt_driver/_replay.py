@@ -28,13 +28,8 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
     """
     size = connection.config.replay_batch
     while True:
-        leaving = registry.leaving
-        removals = _split(leaving, size, connection.limits.maximum_packet_size)
         # UNSUBSCRIBE first, and answered: a filter that left and came back must end up subscribed.
-        replies = [(filters, connection.unsubscribe(filters)) for filters in removals]
-        for filters, reply in replies:
-            for topic_filter, code in zip(filters, await _answer(connection, reply, "UNSUBSCRIBE"), strict=True):
-                registry.left(topic_filter, code)
+        await _unsubscribe(connection, registry)
         batches = registry.take_due(size=size, max_bytes=connection.limits.maximum_packet_size)
         if not batches:
             if registry.leaving:
@@ -44,6 +39,22 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
             connection.copies = await sends_copies(connection)
         for start in range(0, len(batches), _WAVE):
             await _subscribe(connection, registry, batches[start : start + _WAVE])
+
+
+async def _unsubscribe(connection: Connection, registry: Registry[Any]) -> None:
+    largest = connection.limits.maximum_packet_size
+    filters: list[str] = []
+    for topic_filter in registry.leaving:
+        if subscribe_refusal(connection.limits, topic_filter) is ReasonCode.PACKET_TOO_LARGE:
+            registry.left(topic_filter, ReasonCode.SUCCESS)  # it could not be subscribed here either
+        else:
+            filters.append(topic_filter)
+    packets = _split(filters, connection.config.replay_batch, largest)
+    for start in range(0, len(packets), _WAVE):
+        replies = [(packet, connection.unsubscribe(packet)) for packet in packets[start : start + _WAVE]]
+        for packet, reply in replies:
+            for topic_filter, code in zip(packet, await _answer(connection, reply, "UNSUBSCRIBE"), strict=True):
+                registry.left(topic_filter, code)
 
 
 def _split(filters: list[str], size: int, max_bytes: int | None) -> list[list[str]]:

@@ -44,7 +44,7 @@ class SubscriptionStatistics:
     delivered: int
     """Given to the handler or handed out by the iterator."""
     dropped: int
-    """By the overflow policy."""
+    """By the overflow policy: of QoS 0, and of any QoS if the connection that brought it is over."""
     dead_letters: int
     """Payloads that fit neither this message class nor that of another subscription of the same filter."""
     handler_errors: int
@@ -149,13 +149,15 @@ class Subscription(Generic[T]):
         QoS 1 and 2 stay: unacknowledged ones are bounded by the connection's Receive Maximum. But those of a
         connection that is over, which nobody can acknowledge any more, go like QoS 0.
         """
-        excess = len(self._queue) - self.queue_messages
-        if excess <= 0 or self.overflow is Overflow.BLOCK:
+        block = self.overflow is Overflow.BLOCK
+        # While reading pauses nothing comes, but each new connection brings a little before it pauses, too.
+        excess = len(self._queue) - (2 * self.queue_messages if block else self.queue_messages)
+        if excess <= 0:
             return
         newest = self.overflow is Overflow.DROP_NEWEST
         kept: deque[Message[Any]] = deque()
         for message in reversed(self._queue) if newest else self._queue:
-            if excess and (not message.qos or message._stale):  # pyright: ignore[reportPrivateUsage]
+            if excess and (message._stale or not (message.qos or block)):  # pyright: ignore[reportPrivateUsage]
                 excess -= 1
                 self._dropped += 1
                 self._counters.dropped += 1

@@ -23,8 +23,8 @@ class TLSConfig:
     Without ``ca_file``, ``ca_path`` and ``ca_data`` the system's certificate authorities are trusted.
     ``ca_data`` is PEM text. ``cert_file`` and ``key_file`` are this client's certificate chain and private key.
     ``server_hostname`` replaces the endpoint's host in SNI and in the check of the broker's certificate.
-    ``check_hostname=False`` accepts any name in a trusted certificate; ``verify=False`` accepts any certificate at
-    all, which leaves the link open to whoever can answer at that address.
+    ``check_hostname=False`` accepts any name in a trusted certificate; ``verify=False`` accepts any certificate with
+    any name, which leaves the link open to whoever can answer at that address.
     """
 
     ca_file: Path | None = attrs.field(default=None, validator=_path)

@@ -45,14 +45,16 @@ class Overflow(_Word):
     """What a subscription does with a message that finds its queue full. Every drop is counted.
 
     The drop policies take QoS 0 messages only: those of QoS 1 and 2 are bounded by the Receive Maximum instead, so
-    that none is acknowledged unseen.
+    that none is acknowledged unseen. But what a connection brought that is over cannot be acknowledged any more, and
+    goes like QoS 0.
     """
 
     DROP_OLDEST = "drop_oldest"
     DROP_NEWEST = "drop_newest"
     BLOCK = "block"
     """Stop reading the socket until there is room: nothing is lost here, and *every* subscription waits. A handler
-    that awaits ``publish(qos=1)`` may then wait for an acknowledgement that is not being read."""
+    that awaits ``publish(qos=1)``, ``subscribe()``, ``unsubscribe()`` or ``ping()`` may then wait for an answer that
+    is not being read. At twice its bound the queue lets messages go that a connection brought which is over."""
 
 
 class OfflinePolicy(_Word):

@@ -1,0 +1,143 @@
+"""Mistakes of the caller: said at the call, in words that name what is wrong; and what 3.1.1 cannot do."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tests.peers import memory_config
+from trio_mqtt_driver import MQTTDriver, OfflinePolicy, Overflow, State
+from trio_mqtt_driver.testing import MemoryBroker
+
+settled = trio.testing.wait_all_tasks_blocked
+
+
+@pytest.fixture
+def broker(nursery: trio.Nursery) -> MemoryBroker:
+    return MemoryBroker(nursery)
+
+
+async def a_coroutine_function(up: bool) -> None:
+    raise AssertionError("never called")
+
+
+class AsyncCallable:
+    async def __call__(self, up: bool) -> None:
+        raise AssertionError("never called")
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+async def test_a_shared_subscription_may_not_be_no_local(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, version: str
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=version)) as driver:
+        with pytest.raises(ValueError, match=r"no_local is True.*'\$share/group/a'"):
+            await driver.subscribe("$share/group/a", print, no_local=True)
+        assert not broker.subscriptions(driver.client_id or "")
+        await driver.subscribe("$share/group/a", print)
+        assert driver.generation == 1
+    assert not broker.violations
+
+
+@pytest.mark.parametrize("callback", [3, None, "print", a_coroutine_function, AsyncCallable().__call__])
+async def test_a_connection_callback_must_be_a_plain_function(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, callback: Any
+) -> None:
+    driver = MQTTDriver(memory_config(broker))
+    with pytest.raises(TypeError, match="callback must be a plain function of one bool"):
+        driver.register_connection_callback(callback)
+    async with driver:
+        assert driver.state is State.LIVE
+
+
+@pytest.mark.parametrize(
+    "word, text",
+    [
+        (State.LIVE, "live"),
+        (State.BACKING_OFF, "backing off"),
+        (Overflow.BLOCK, "block"),
+        (OfflinePolicy.FAIL, "fail"),
+    ],
+)
+def test_a_word_equals_its_text_and_is_written_as_it(word: Any, text: str) -> None:
+    assert word == text
+    assert str(word) == f"{word}" == text
+
+
+@pytest.mark.parametrize("call", ["publish", "publish_nowait"])
+async def test_an_unknown_keyword_of_publish_is_named(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, call: str
+) -> None:
+    async with MQTTDriver(memory_config(broker)) as driver:
+        with pytest.raises(TypeError, match=r"publish\(\) got an unexpected keyword argument 'nonsense'"):
+            if call == "publish":
+                await driver.publish("a", b"x", nonsense=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+            else:
+                driver.publish_nowait("a", b"x", nonsense=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+        assert "a" not in [message.topic for message in broker.published]
+
+
+@pytest.mark.parametrize("call", ["subscribe", "subscription"])
+async def test_an_unknown_keyword_of_subscribe_is_named(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, call: str
+) -> None:
+    options: dict[str, Any] = {"nonsense": 1}
+    async with MQTTDriver(memory_config(broker)) as driver:
+        with pytest.raises(TypeError, match=r"\(\) got an unexpected keyword argument 'nonsense'"):
+            if call == "subscribe":
+                await driver.subscribe("a", print, **options)
+            else:
+                async with driver.subscription("a", **options):
+                    pass
+        assert not broker.subscriptions(driver.client_id or "")
+
+
+async def test_what_3_1_1_cannot_say_is_warned_of_once_for_each_connection(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings(words: str) -> int:
+        return sum(
+            words in record.getMessage() and "left out" in record.getMessage()
+            for record in caplog.records
+            if record.levelno == logging.WARNING
+        )
+
+    async with MQTTDriver(memory_config(broker, protocol="3.1.1")) as driver:
+        await driver.publish("a", b"x", qos=1)
+        await driver.subscribe("plain", print)
+        assert warnings("") == 0
+        for generation in (1, 2):
+            for _ in range(3):
+                await driver.publish("a", b"x", qos=1, content_type="text/plain")
+                await driver.publish("a", b"x", user_properties=[("name", "value")])
+            for number in range(3):
+                await driver.subscribe(f"{generation}/{number}", print, no_local=True)
+            assert warnings("properties of PUBLISH") == generation
+            assert warnings("no_local") == generation
+            driver.force_reconnect(even_if_live=True)
+            await driver.wait_live()
+
+
+async def test_with_5_nothing_is_warned_of(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol="5")) as driver:
+        await driver.publish("a", b"x", qos=1, content_type="text/plain")
+        await driver.subscribe("a", print, no_local=True)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_an_options_factory_that_is_not_async_is_named_so(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    config = memory_config(broker)
+    made = memory_config(broker, options_factory=lambda attempt: config)
+    async with MQTTDriver(made, start="background") as driver:
+        await settled()
+        assert driver.status().last_error == (
+            "OptionsError: options_factory must be an async function, but it returned a DriverConfig"
+        )
