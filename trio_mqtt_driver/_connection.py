@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -48,6 +48,8 @@ from ._types import Message, PublishResult, ReasonCode, ServerLimits, UserProper
 from ._writer import Writer
 
 logger = logging.getLogger("trio_mqtt_driver")
+
+T = TypeVar("T")
 
 _RECEIVE_SIZE = 65536
 _MOST_ANSWERS = 1024 * 1024
@@ -204,6 +206,18 @@ class Connection:
         packet_id, packet = self._control.unsubscribe_packet(filters)
         return self._request(packet_id, packet, Request(len(filters), unsubscribe=True, reply=Reply()))
 
+    async def within(self, timeout: float, reply: Reply[T]) -> T:
+        """Wait for an answer, not counting the time in which reading pauses. Raises ``trio.TooSlowError``."""
+        deadline = trio.current_time() + timeout
+        while deadline > trio.current_time():
+            with trio.move_on_at(deadline):
+                return await reply.wait()
+            if self.deadlines.listening_since == math.inf:
+                deadline += timeout
+            else:
+                deadline = max(deadline, self.deadlines.listening_since + timeout)
+        raise trio.TooSlowError
+
     def _request(self, packet_id: int, packet: bytes, request: Request) -> Reply[tuple[ReasonCode, ...]]:
         self._requests[packet_id] = request
         self._writer.write(packet)
@@ -229,11 +243,6 @@ class Connection:
         await self._eof.wait()
 
     # -- publishing ---------------------------------------------------------------------------------------------------
-
-    @property
-    def heard_at(self) -> float:
-        """When anything last arrived from the broker, on Trio's clock."""
-        return self.deadlines.heard_at
 
     @property
     def in_flight(self) -> int:

@@ -31,6 +31,7 @@ class Deadlines:
         self.keep_alive: float = math.inf
         self.sent_at = now
         self.heard_at = now
+        """When anything last arrived from the broker."""
         self.pings: deque[Ping] = deque()
         self.mid_packet = False
         """Whether a packet has begun to arrive and is not complete."""

@@ -77,12 +77,12 @@ async def _echo(connection: Connection, topic: str) -> None:
         raise ProbeError(f"the broker refused to unsubscribe from the probe topic {topic!r}: {code}")
 
 
-async def sends_copies(connection: Connection) -> bool | None:
+async def sends_copies(connection: Connection) -> bool:
     """Ask the broker with a message on two overlapping filters; a second one ends the wait for copies of the first.
 
     A broker that lets us not subscribe there, or does not answer in ``probe_timeout``, is taken to send one copy.
-    None if that cannot be told yet, since reading pauses.
     """
+    timeout = connection.config.probe_timeout
     base = connection.config.probe_topic_for(connection.client_id)
     topic = f"{base}/copies"
     if len(topic.encode()) > MAXIMUM_LENGTH:
@@ -96,17 +96,18 @@ async def sends_copies(connection: Connection) -> bool | None:
         if message.payload == b"2":
             both.set(None)
 
-    with trio.move_on_after(connection.config.probe_timeout):
-        connection.intercept = (topic, count)
-        codes = await connection.subscribe([SubscribeRequest(topic_filter=one, qos=0) for one in filters], None).wait()
+    connection.intercept = (topic, count)
+    requests = [SubscribeRequest(topic_filter=one, qos=0) for one in filters]
+    try:
+        codes = await connection.within(timeout, connection.subscribe(requests, None))
         if not any(code.is_failure for code in codes):
             for payload in (b"1", b"2"):
                 now = trio.current_time()
                 connection.send(Outgoing(topic, check_topic(topic), payload, 0, False, b"\0", now))
-            await both.wait()
-    with trio.move_on_after(connection.config.probe_timeout):
-        await connection.unsubscribe(filters).wait()
-    connection.intercept = None
-    if not both.done and connection.deadlines.paused:
-        return None
+            await connection.within(timeout, both)
+        await connection.within(timeout, connection.unsubscribe(filters))
+    except trio.TooSlowError:
+        connection.unsubscribe(filters)
+    finally:
+        connection.intercept = None
     return seen.count(b"1") > 1

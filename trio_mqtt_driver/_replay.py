@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import trio
@@ -94,12 +93,7 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
 
 async def _answer(connection: Connection, reply: Reply[tuple[ReasonCode, ...]], what: str) -> tuple[ReasonCode, ...]:
     timeout = connection.config.subscribe_timeout
-    deadline = trio.current_time() + timeout
-    while deadline > trio.current_time():
-        with trio.move_on_at(deadline):
-            return await reply.wait()
-        if connection.deadlines.listening_since == math.inf:
-            deadline += timeout
-        else:
-            deadline = max(deadline, connection.deadlines.listening_since + timeout)
-    raise AckTimeoutError(f"{what} was not answered within subscribe_timeout={timeout:g} s")
+    try:
+        return await connection.within(timeout, reply)
+    except trio.TooSlowError:
+        raise AckTimeoutError(f"{what} was not answered within subscribe_timeout={timeout:g} s") from None

@@ -20,11 +20,6 @@ class Reply(Generic[T]):
         self._value: T | None = None
         self._error: Exception | None = None
 
-    @property
-    def done(self) -> bool:
-        """Whether ``wait`` returns at once."""
-        return self._event.is_set()
-
     def set(self, value: T) -> None:
         self._value = value
         self._event.set()

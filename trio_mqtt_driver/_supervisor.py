@@ -415,7 +415,7 @@ class Supervisor:
         return Diagnosis(
             state=self.state,
             generation=self.generation,
-            since_last_byte=None if connection is None else trio.current_time() - connection.heard_at,
+            since_last_byte=None if connection is None else trio.current_time() - connection.deadlines.heard_at,
             queued=len(self._outbox),
             in_flight=0 if connection is None else connection.in_flight,
             last_error=self._history.last_error,
@@ -434,7 +434,7 @@ class Supervisor:
             failures=self._backoff.failures,
             next_attempt_in=None if self._next_attempt_at == math.inf else max(0.0, self._next_attempt_at - now),
             last_error=self._history.last_error,
-            since_last_byte=None if connection is None else now - connection.heard_at,
+            since_last_byte=None if connection is None else now - connection.deadlines.heard_at,
             round_trip=None if connection is None else connection.round_trip,
             subscriptions=sum(1 for one in self._registry if one.standing is Standing.GRANTED),
             degraded=tuple((one.topic_filter, str(one.reason_code)) for one in self._registry.degraded),
