@@ -142,7 +142,7 @@ async def test_an_id_that_makes_the_probe_topic_too_long_is_a_failed_attempt(
 ) -> None:
     broker = MemoryBroker(nursery)
     ids = ["x" * 65530, "short"]
-    config = memory_config(broker, client_id_factory=lambda base, generation, now: ids.pop(0), protocol="5")
+    config = memory_config(broker, client_id_factory=lambda _base, _generation, _now: ids.pop(0), protocol="5")
     async with MQTTDriver(config) as driver:
         assert driver.client_id == "short"
         assert driver.generation == 1
@@ -158,7 +158,7 @@ async def test_an_id_that_makes_the_topic_of_the_overlap_test_too_long_leaves_th
     """That topic is a little longer than the probe topic."""
     broker = MemoryBroker(nursery)
     name = "x" * (65535 - len("trio_mqtt_driver/probe/") - 3)
-    config = memory_config(broker, client_id_factory=lambda base, generation, now: name, protocol="3.1.1")
+    config = memory_config(broker, client_id_factory=lambda _base, _generation, _now: name, protocol="3.1.1")
     async with MQTTDriver(config) as driver:
         await driver.subscribe("a/#", print)
         await driver.subscribe("a/b", print)

@@ -11,7 +11,7 @@ import trio.testing
 from hypothesis import given, strategies as st
 
 from tests.peers import memory_config
-from trio_mqtt_driver import Message, MQTTDriver
+from trio_mqtt_driver import Message, MQTTDriver, Overflow
 from trio_mqtt_driver._copies import CopyDealer
 from trio_mqtt_driver.testing import MemoryBroker, Subscribe
 
@@ -140,7 +140,7 @@ async def test_a_question_asked_while_reading_pauses_is_not_answered_wrongly(
         await release.wait()
 
     async with MQTTDriver(memory_config(broker, protocol="3.1.1")) as driver, trio.open_nursery() as subscribing:
-        await driver.subscribe("z", slow, overflow="block", queue_messages=1)
+        await driver.subscribe("z", slow, overflow=Overflow.BLOCK, queue_messages=1)
         for _ in range(3):
             broker.publish("z", b"x")
         await settled()
@@ -170,12 +170,12 @@ async def test_overlapping_filters_may_not_share_an_identifier_of_the_applicatio
     broker = MemoryBroker(nursery, overlapping="copies")
     received: list[str] = []
     async with MQTTDriver(memory_config(broker, protocol=version)) as driver:
-        first = await driver.subscribe("a/#", lambda message: received.append("a/#"), identifier=5000)
+        first = await driver.subscribe("a/#", lambda _: received.append("a/#"), identifier=5000)
         with pytest.raises(ValueError, match="5000"):
             await driver.subscribe(second, print, identifier=5000)
         assert set(broker.subscriptions(driver.client_id or "")) == {"a/#"}
-        await driver.subscribe("other", lambda message: received.append("other"), identifier=5000)
-        await driver.subscribe("a/b", lambda message: received.append("a/b"), identifier=5001)
+        await driver.subscribe("other", lambda _: received.append("other"), identifier=5000)
+        await driver.subscribe("a/b", lambda _: received.append("a/b"), identifier=5001)
         await driver.publish("a/b")
         await driver.publish("other")
         await settled()

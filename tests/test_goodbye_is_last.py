@@ -40,6 +40,7 @@ class Hesitant:
         self._nursery = nursery
 
     async def open_stream(self, endpoint: Endpoint) -> trio.abc.Stream:
+        assert isinstance(endpoint, Endpoint)
         await trio.lowlevel.checkpoint()
         client, server = open_pipe()
         self._nursery.start_soon(self._serve, server)
@@ -51,7 +52,7 @@ class Hesitant:
         self.received.append(packets)
         try:
             while data := await stream.receive_some():
-                for packet in decoder.packets(data):
+                for packet in decoder.packets(bytes(data)):
                     packets.append(packet)
                     if packet.kind is Kind.DISCONNECT:
                         self.said_goodbye.set()

@@ -258,9 +258,10 @@ async def test_a_subscribe_of_a_task_outside_the_body_ends_with_the_driver(
             outcomes.append("closed")
 
     for turns in range(60):
+        driver = MQTTDriver(config_for(broker))
         async with trio.open_nursery() as nursery:
             with trio.fail_after(60):
-                async with MQTTDriver(config_for(broker)) as driver:
+                async with driver:
                     nursery.start_soon(subscribe, driver, turns)
         assert len(outcomes) == turns + 1, turns
     assert "closed" in outcomes

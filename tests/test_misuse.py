@@ -27,7 +27,7 @@ async def a_coroutine_function(up: bool) -> None:
 
 class AsyncCallable:
     async def __call__(self, up: bool) -> None:
-        raise AssertionError("never called")
+        raise AssertionError(up)
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
@@ -73,7 +73,7 @@ async def test_an_unknown_keyword_of_publish_is_named(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker, call: str
 ) -> None:
     async with MQTTDriver(memory_config(broker)) as driver:
-        with pytest.raises(TypeError, match=r"publish\(\) got an unexpected keyword argument 'nonsense'"):
+        with pytest.raises(TypeError, match=r"publish\(\) got an unexpected keyword argument 'nonsense'"):  # noqa: PT012  # either call
             if call == "publish":
                 await driver.publish("a", b"x", nonsense=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
             else:
@@ -87,7 +87,7 @@ async def test_an_unknown_keyword_of_subscribe_is_named(
 ) -> None:
     options: dict[str, Any] = {"nonsense": 1}
     async with MQTTDriver(memory_config(broker)) as driver:
-        with pytest.raises(TypeError, match=r"\(\) got an unexpected keyword argument 'nonsense'"):
+        with pytest.raises(TypeError, match=r"\(\) got an unexpected keyword argument 'nonsense'"):  # noqa: PT012  # either call
             if call == "subscribe":
                 await driver.subscribe("a", print, **options)
             else:
@@ -135,7 +135,7 @@ async def test_an_options_factory_that_is_not_async_is_named_so(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker
 ) -> None:
     config = memory_config(broker)
-    made = memory_config(broker, options_factory=lambda attempt: config)
+    made = memory_config(broker, options_factory=lambda _: config)
     async with MQTTDriver(made, start="background") as driver:
         await settled()
         assert driver.status().last_error == (

@@ -52,9 +52,7 @@ async def test_the_first_retained_message_after_a_subscribe_that_waited_out_an_o
     async with MQTTDriver(memory_config(broker)) as driver, trio.open_nursery() as nursery:
         broker.stop()
         await settled()
-        nursery.start_soon(
-            driver.subscribe, "a", lambda message: got.append((message.generation, message.replayed))
-        )
+        nursery.start_soon(driver.subscribe, "a", lambda message: got.append((message.generation, message.replayed)))
         await trio.sleep(100)
         broker.start()
         await driver.wait_live()

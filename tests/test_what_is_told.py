@@ -44,7 +44,7 @@ async def returns_the_password(attempt: object) -> str:
 
 @pytest.mark.parametrize(
     "factory",
-    [lambda attempt: {"password": SECRET}, lambda attempt: SECRET, returns_a_dict, returns_the_password],
+    [lambda _: {"password": SECRET}, lambda _: SECRET, returns_a_dict, returns_the_password],
     ids=["dict", "str", "async-dict", "async-str"],
 )
 async def test_what_an_options_factory_returned_by_mistake_is_not_quoted(
@@ -70,10 +70,11 @@ class Authenticator:
 
     async def answer(self, challenge: bytes | None) -> bytes | None:
         await trio.lowlevel.checkpoint()
-        return SECRET.encode()
+        raise AssertionError(challenge)
 
     async def finish(self, data: bytes | None) -> None:
         await trio.lowlevel.checkpoint()
+        raise AssertionError(data)
 
 
 def packet(first: int, body: bytes, properties: bytes) -> bytes:

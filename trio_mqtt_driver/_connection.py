@@ -206,16 +206,16 @@ class Connection:
         packet_id, packet = self._control.unsubscribe_packet(filters)
         return self._request(packet_id, packet, Request(len(filters), unsubscribe=True, reply=Reply()))
 
-    async def within(self, timeout: float, reply: Reply[T]) -> T:
+    async def within(self, seconds: float, reply: Reply[T]) -> T:
         """Wait for an answer, not counting the time in which reading pauses. Raises ``trio.TooSlowError``."""
-        deadline = trio.current_time() + timeout
+        deadline = trio.current_time() + seconds
         while deadline > trio.current_time():
             with trio.move_on_at(deadline):
                 return await reply.wait()
             if self.deadlines.listening_since == math.inf:
-                deadline += timeout
+                deadline += seconds
             else:
-                deadline = max(deadline, self.deadlines.listening_since + timeout)
+                deadline = max(deadline, self.deadlines.listening_since + seconds)
         raise trio.TooSlowError
 
     def _request(self, packet_id: int, packet: bytes, request: Request) -> Reply[tuple[ReasonCode, ...]]:
