@@ -26,7 +26,8 @@ LAYERS = (
     names("_config _validators _properties _url _tls _client_id _backoff _codecs _edges _history _status"),
     names("_packets _paho _transport"),
     names(
-        "_connection _handshake _probe _replay _replies _inflight _limits _registry _outbox _inbox _writer _deadlines _copies"
+        "_connection _handshake _probe _replay _replies _inflight _limits _registry _outbox _inbox _writer _deadlines"
+        " _copies"
     ),
     names("_dispatch _subscription _arguments"),
     names("_supervisor"),

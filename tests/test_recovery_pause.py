@@ -65,8 +65,8 @@ async def test_after_so_many_failures_the_driver_pauses_and_says_so(
         assert status.failures == 8
         assert status.next_attempt_in == pytest.approx(60)
         assert [line for line in lines(caplog) if "paused" in line] == [
-            "driver: reconnect paused after 8 failures without a stable link, "
-            f"last error: {REFUSED}, next trial in 60 s"
+            "driver: reconnect paused after 8 failures without a stable link, last error: "
+            + f"{REFUSED}, next trial in 60 s"
         ]
 
 

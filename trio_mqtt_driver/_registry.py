@@ -206,7 +206,7 @@ class Registry(Generic[M]):
         del registration.wishes[member]
         self.version += 1
         if registration.members:
-            # The next replay asks for what those who are left want. If the wish of who leaves was refused, that is now.
+            # The next replay asks for what those who are left want; at once if a higher wish was refused.
             registration.options = attrs.evolve(registration.options, qos=max(registration.wishes.values()))
             if registration.standing is Standing.REFUSED:
                 registration.revision += 1
