@@ -64,9 +64,9 @@ async def test_after_so_many_failures_the_driver_pauses_and_says_so(
         assert len(dialer.attempts) == 8
         assert status.failures == 8
         assert status.next_attempt_in == pytest.approx(60)
+        said = "driver: reconnect paused after 8 failures without a stable link"
         assert [line for line in lines(caplog) if "paused" in line] == [
-            "driver: reconnect paused after 8 failures without a stable link, last error: "
-            + f"{REFUSED}, next trial in 60 s"
+            f"{said}, last error: {REFUSED}, next trial in 60 s"
         ]
 
 
