@@ -206,9 +206,9 @@ class Registry(Generic[M]):
         del registration.wishes[member]
         self.version += 1
         if registration.members:
-            # The next replay asks for what those who are left want; at once if a higher wish was refused.
-            registration.options = attrs.evolve(registration.options, qos=max(registration.wishes.values()))
             if registration.standing is Standing.REFUSED:
+                # It was the newcomer's wish that was refused: back to what the others had.
+                registration.options = attrs.evolve(registration.options, qos=max(registration.wishes.values()))
                 registration.revision += 1
                 self._make_due(registration)
             return None
