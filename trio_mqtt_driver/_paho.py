@@ -383,6 +383,10 @@ def _unpack(kind: int, data: bytes) -> Any:
     _, length = properties.unpack(data)
     if length != len(data):
         raise ProtocolError(f"malformed packet: {len(data) - length} bytes behind the properties [MQTT-2.2.2.1]")
+    secret = getattr(properties, "AuthenticationData", None)
+    if secret is not None and b"\x16" + len(secret).to_bytes(2, "big") + secret not in data:
+        # paho 1 takes a value that is cut short for a shorter one.
+        raise ProtocolError("malformed packet: Authentication Data longer than their packet [MQTT-2.2.2]")
     return properties
 
 
