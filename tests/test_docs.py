@@ -22,7 +22,7 @@ import trio
 
 from tests.test_layers import LAYERS
 from trio_mqtt_driver import BackoffConfig, DriverConfig, MQTTDriver
-from trio_mqtt_driver._supervisor import _TRANSITIONS
+from trio_mqtt_driver._states import TRANSITIONS
 from trio_mqtt_driver.testing import MemoryBroker
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_the_readme_has_an_example_that_runs() -> None:
 
 
 def transitions() -> Edges:
-    return {(before.value, after.value) for before, targets in _TRANSITIONS.items() for after in targets}
+    return {(before.value, after.value) for before, targets in TRANSITIONS.items() for after in targets}
 
 
 def test_the_diagram_of_the_readme_is_the_state_machine() -> None:

@@ -23,7 +23,7 @@ def names(text: str) -> frozenset[str]:
 
 LAYERS = (
     names("_errors _types _topics"),
-    names("_config _validators _properties _url _tls _client_id _backoff _codecs _edges _history _status"),
+    names("_config _validators _properties _url _tls _client_id _backoff _codecs _edges _history _states _status"),
     names("_packets _paho _transport"),
     names(
         "_connection _handshake _probe _replay _replies _inflight _limits _registry _outbox _inbox _writer _deadlines"

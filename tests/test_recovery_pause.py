@@ -38,9 +38,7 @@ def config_for(broker: MemoryBroker, **options: Any) -> DriverConfig:
 async def paused(driver: MQTTDriver) -> None:
     """Return when the circuit breaker is open."""
     with trio.fail_after(1000):
-        await trio.lowlevel.checkpoint()
-        while driver.state is not State.PAUSED:
-            await driver._supervisor._changed.wait()
+        await driver.wait_state(State.PAUSED)
 
 
 async def live(driver: MQTTDriver, within: float) -> None:

@@ -16,7 +16,7 @@ from trio.testing import MockClock
 
 from tests.peers import memory_config
 from trio_mqtt_driver import BackoffConfig, DriverClosedError, DriverConfig, MQTTDriver, State
-from trio_mqtt_driver._supervisor import _TRANSITIONS
+from trio_mqtt_driver._states import TRANSITIONS
 from trio_mqtt_driver.testing import Kind, MemoryBroker
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -35,23 +35,23 @@ def config_for(broker: MemoryBroker, **options: Any) -> DriverConfig:
 
 
 def test_the_table_names_every_state() -> None:
-    assert set(_TRANSITIONS) == set(State)
+    assert set(TRANSITIONS) == set(State)
 
 
 def test_every_state_but_new_can_be_reached_and_every_state_but_closed_can_be_left() -> None:
     reached = {State.NEW}
     while True:
-        further = reached.union(*(_TRANSITIONS[state] for state in reached))
+        further = reached.union(*(TRANSITIONS[state] for state in reached))
         if further == reached:
             break
         reached = further
     assert reached == set(State)
-    assert State.NEW not in set().union(*_TRANSITIONS.values())
-    assert [state for state, following in _TRANSITIONS.items() if not following] == [State.CLOSED]
+    assert State.NEW not in set().union(*TRANSITIONS.values())
+    assert [state for state, following in TRANSITIONS.items() if not following] == [State.CLOSED]
 
 
 def test_from_every_state_the_driver_can_be_closed() -> None:
-    for state, following in _TRANSITIONS.items():
+    for state, following in TRANSITIONS.items():
         assert State.CLOSING in following or state in (State.CLOSING, State.CLOSED)
 
 
@@ -62,8 +62,8 @@ async def test_a_transition_that_is_not_in_the_table_raises(
     await settled()
     for target in State:
         supervisor = MQTTDriver(config_for(broker))._supervisor
-        supervisor.state = state
-        if target in _TRANSITIONS[state]:
+        supervisor._states.current = state
+        if target in TRANSITIONS[state]:
             supervisor._to(target, "allowed")
             assert supervisor.state is target
         else:
@@ -97,7 +97,7 @@ async def test_the_states_of_a_whole_life_follow_the_table(broker: MemoryBroker,
     assert told(driver)[-3:] == ["live", "closing", "closed"]
     assert told(driver)[-1] == driver.state.value
     states: list[State] = [State.NEW, *(State(kind) for kind in told(driver))]
-    assert all(after in _TRANSITIONS[before] for before, after in pairwise(states))
+    assert all(after in TRANSITIONS[before] for before, after in pairwise(states))
 
 
 async def test_a_driver_that_is_left_early_closes_from_where_it_is(

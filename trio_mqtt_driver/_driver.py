@@ -386,6 +386,20 @@ class MQTTDriver:
         self._check_open()
         await self._supervisor.wait_live()
 
+    async def wait_state(self, *states: State) -> State:
+        """Wait until the driver is in one of ``states``, and return which; also one that it only passes through.
+
+        Returns at once if it is in one of them now. Raises ``RefusedError`` or ``DriverClosedError`` if the driver
+        ends and none of them will come.
+        """
+        if not states:
+            raise TypeError("wait_state needs at least one State")
+        for state in states:
+            if not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"states: must be of {State}, not {state!r}")
+        self._check_open()
+        return await self._supervisor.wait_state(frozenset(states))
+
     async def ping(self) -> float:
         """Send PINGREQ and return the round trip in seconds.
 

@@ -1,6 +1,6 @@
 """The life of the connections: connect, validate, replay, live, gone, back off, and again.
 
-All state is in ``_TRANSITIONS``; a transition that is not in the table is a bug and raises. One attempt is: options
+The states and their order are in ``_states.TRANSITIONS``. One attempt is: options
 factory, stream, CONNECT, test publish, replay of all subscriptions, live. Any failure of any step ends the child scope
 of that connection and is one failed attempt; the next one begins from nothing, with a new client and a new client ID.
 
@@ -42,24 +42,15 @@ from ._outbox import Outbox
 from ._probe import probe
 from ._registry import Registry, Standing
 from ._replay import synchronise
+from ._states import States
 from ._status import Status
 from ._transport import open_stream
 from ._types import Diagnosis, State
 
 logger = logging.getLogger("trio_mqtt_driver")
 
-_ENDED = {State.BACKING_OFF, State.PAUSED, State.CLOSING}
-_TRANSITIONS: dict[State, set[State]] = {
-    State.NEW: {State.CONNECTING, State.CLOSING},
-    State.CONNECTING: {State.VALIDATING} | _ENDED,
-    State.VALIDATING: {State.REPLAYING} | _ENDED,
-    State.REPLAYING: {State.LIVE} | _ENDED,
-    State.LIVE: _ENDED,
-    State.BACKING_OFF: {State.CONNECTING, State.CLOSING},
-    State.PAUSED: {State.CONNECTING, State.CLOSING},
-    State.CLOSING: {State.CLOSED},
-    State.CLOSED: set(),
-}
+_LIVE = frozenset({State.LIVE})
+_CLOSED = frozenset({State.CLOSED})
 
 
 class Supervisor:
@@ -78,7 +69,6 @@ class Supervisor:
         on_terminal: Callable[[RefusedError], None],
     ) -> None:
         self.config = config
-        self.state = State.NEW
         self.generation = 0
         self.connection: Connection | None = None
         """The one that is being made or is live."""
@@ -94,8 +84,7 @@ class Supervisor:
         self._ids = ClientIds(config.client_id, config.wall_clock, config.client_id_factory)
         self._ids_key = (config.client_id, config.client_id_factory)
         self._only_3_1_1: set[Endpoint] = set()
-        self._since = 0.0
-        self._changed = trio.Event()
+        self._states = States()
         self._wake = trio.Event()
         self._end_session = trio.Event()
         self._attempt_scope = trio.CancelScope()
@@ -106,24 +95,24 @@ class Supervisor:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
+    @property
+    def state(self) -> State:
+        return self._states.current
+
     def _to(self, state: State, text: str, error: BaseException | None = None) -> None:
         """Change state: recorded and logged once, in plain words."""
-        if state not in _TRANSITIONS[self.state]:
-            raise RuntimeError(f"illegal transition from {self.state} to {state}")
-        before, self.state = self.state, state
-        now = self._since = trio.current_time()
+        before = self.state
+        self._states.to(state)
         text = self._record(state.value, text, error)
         # A link that cannot be had is worth waking somebody for; the steps of a normal life are not.
         level = logging.WARNING if error is not None or state is State.PAUSED else logging.INFO
         traceback = error if logger.isEnabledFor(logging.DEBUG) else None
         logger.log(level, "%s: %s", self.config.client_id, text, exc_info=traceback)
         if state is State.LIVE:
-            self._live_since = now
+            self._live_since = self._states.since
             self._edges.set(True)
         elif before is State.LIVE and state is not State.CLOSING:
             self._edges.set(False)
-        self._changed.set()
-        self._changed = trio.Event()
 
     def _record(self, kind: str, text: str, error: BaseException | None = None) -> str:
         """Returns the text as it is kept: on one line and shortened, for a part of it may be the broker's."""
@@ -137,15 +126,21 @@ class Supervisor:
         )
         return event.text
 
+    async def wait_state(self, wanted: frozenset[State]) -> State:
+        """The first of ``wanted`` to come. Raises ``DriverClosedError`` or the terminal refusal if none will."""
+        reached = await self._states.wait(wanted)
+        if reached is not None:
+            return reached
+        if self.terminal is not None:
+            raise self.terminal
+        names = " or ".join(state.value for state in State if state in wanted)
+        raise DriverClosedError(f"the driver was left, it will not be {names}")
+
     async def wait_live(self) -> None:
         """Return when the link is live. Raises ``DriverClosedError`` or the terminal refusal."""
-        await trio.lowlevel.checkpoint()
-        while self.state is not State.LIVE:
-            if self.terminal is not None:
-                raise self.terminal
-            if self._closing or self.state in (State.CLOSING, State.CLOSED):
-                raise DriverClosedError("the driver was left before the link was live")
-            await self._changed.wait()
+        await self.wait_state(_LIVE)
+        while self.state is not State.LIVE:  # It was lost before the scheduler came to us.
+            await self.wait_state(_LIVE)
 
     # -- the life -----------------------------------------------------------------------------------------------------
 
@@ -407,8 +402,7 @@ class Supervisor:
         else:
             self._attempt_scope.cancel(reason="the driver is left")
         self._wake.set()
-        while self.state is not State.CLOSED:
-            await self._changed.wait()
+        await self._states.wait(_CLOSED)
 
     def diagnosis(self) -> Diagnosis:
         connection = self.connection
@@ -426,7 +420,7 @@ class Supervisor:
         connection = self.connection
         return Status(
             state=self.state,
-            since=0.0 if self.state is State.NEW else now - self._since,
+            since=0.0 if self.state is State.NEW else now - self._states.since,
             generation=self.generation,
             client_id=None if connection is None else connection.client_id,
             endpoint=str(self.config.endpoint if connection is None else connection.config.endpoint),

@@ -65,7 +65,7 @@ class OfflinePolicy(_Word):
 
 
 class State(_Word):
-    """Where the driver is in the life of its connections; see ``_supervisor`` for the transitions."""
+    """Where the driver is in the life of its connections; see ``_states`` for the transitions."""
 
     NEW = "new"
     CONNECTING = "connecting"
