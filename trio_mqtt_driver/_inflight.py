@@ -32,6 +32,24 @@ class PacketIds:
         self._used.discard(packet_id)
 
 
+class _Line(dict[int, Outgoing]):
+    """Packet Identifier → message, in the order in which acknowledgements are due [MQTT-4.6.0-2]."""
+
+    moved_on = -math.inf
+    """When the first in line was acknowledged last."""
+
+    @property
+    def waiting_since(self) -> float:
+        if not self:
+            return math.inf
+        return max(next(iter(self.values())).sent_at, self.moved_on)
+
+    def take(self, packet_id: int, now: float) -> Outgoing | None:
+        if self and next(iter(self)) == packet_id:
+            self.moved_on = now
+        return self.pop(packet_id, None)
+
+
 class OutgoingWindow:
     """Our QoS 1 and 2 publishes from PUBLISH to PUBACK or PUBCOMP.
 
@@ -41,10 +59,9 @@ class OutgoingWindow:
 
     def __init__(self, ids: PacketIds, size: int) -> None:
         self._ids = ids
-        self._sent: dict[int, Outgoing] = {}
-        self._released: dict[int, Outgoing] = {}
+        self._sent = _Line()
+        self._released = _Line()
         self._unflushed: deque[Outgoing] = deque()
-        self._moved_on = {id(self._sent): -math.inf, id(self._released): -math.inf}
         self.size = size
 
     def __len__(self) -> int:
@@ -78,19 +95,7 @@ class OutgoingWindow:
         That is since it was sent, or since the one before it was acknowledged: a broker that is slow but goes on
         acknowledging in order is not late.
         """
-        return min(
-            (
-                max(next(iter(exchanges.values())).sent_at, self._moved_on[id(exchanges)])
-                for exchanges in (self._sent, self._released)
-                if exchanges
-            ),
-            default=math.inf,
-        )
-
-    def _take(self, exchanges: dict[int, Outgoing], packet_id: int, now: float) -> Outgoing | None:
-        if exchanges and next(iter(exchanges)) == packet_id:
-            self._moved_on[id(exchanges)] = now
-        return exchanges.pop(packet_id, None)
+        return min(self._sent.waiting_since, self._released.waiting_since)
 
     def acknowledge(self, first: int, packet_id: int, code: int, now: float) -> tuple[Outgoing | None, bytes]:
         """Take a PUBACK, PUBREC or PUBCOMP: the outgoing whose exchange it ends, if any, and the answer to send.
@@ -98,7 +103,7 @@ class OutgoingWindow:
         An acknowledgement of nothing is tolerated (brokers repeat them); one of the wrong kind is a ProtocolError.
         """
         if first == PUBCOMP:
-            outgoing = self._take(self._released, packet_id, now)
+            outgoing = self._released.take(packet_id, now)
             if outgoing is None and packet_id in self._sent:
                 raise ProtocolError(f"protocol error: PUBCOMP for packet identifier {packet_id} before its PUBREC")
             return self._end(packet_id, outgoing), b""
@@ -110,11 +115,11 @@ class OutgoingWindow:
             )
         if first == PUBREC and code < 0x80:
             if outgoing is not None:
-                self._take(self._sent, packet_id, now)
+                self._sent.take(packet_id, now)
                 outgoing.sent_at = now
                 self._released[packet_id] = outgoing
             return None, encode_ack(PUBREL, packet_id)
-        self._take(self._sent, packet_id, now)
+        self._sent.take(packet_id, now)
         return self._end(packet_id, outgoing), b""
 
     def _end(self, packet_id: int, outgoing: Outgoing | None) -> Outgoing | None:
