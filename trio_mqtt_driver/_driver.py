@@ -420,8 +420,26 @@ class MQTTDriver:
         self._check_open()
         return self._supervisor.force_reconnect(reason, even_if_live=even_if_live)
 
+    def pause(self, reason: str = "asked for") -> None:
+        """Give the link up, with DISCONNECT, and stay ``PAUSED`` until ``resume()`` or ``force_reconnect()``.
+
+        Returns at once. Subscriptions stay, and publishes wait, as in an outage. Raises ``DriverClosedError``.
+        """
+        self._check_open()
+        self._supervisor.pause(reason)
+
+    def resume(self) -> bool:
+        """Connect at once if the driver is paused, by ``pause()`` or after too many failures; else return False.
+
+        Returns at once; ``wait_live()`` waits. Raises ``DriverClosedError``.
+        """
+        self._check_open()
+        return self._supervisor.resume()
+
     def apply_settings(self, config: DriverConfig) -> None:
         """Reconnect at once with other settings; subscriptions and queued messages stay.
+
+        After ``pause()`` they hold when the pause ends, and do not end it.
 
         The bounds of outbox, history and subscriptions and ``on_handler_error`` stay as they were at the start.
         Raises ``DriverClosedError``.

@@ -8,12 +8,12 @@ from ._types import State
 
 _ENDED = {State.BACKING_OFF, State.PAUSED, State.CLOSING}
 TRANSITIONS: dict[State, set[State]] = {
-    State.NEW: {State.CONNECTING, State.CLOSING},
+    State.NEW: {State.CONNECTING, State.PAUSED, State.CLOSING},
     State.CONNECTING: {State.VALIDATING} | _ENDED,
     State.VALIDATING: {State.REPLAYING} | _ENDED,
     State.REPLAYING: {State.LIVE} | _ENDED,
     State.LIVE: _ENDED,
-    State.BACKING_OFF: {State.CONNECTING, State.CLOSING},
+    State.BACKING_OFF: {State.CONNECTING, State.PAUSED, State.CLOSING},
     State.PAUSED: {State.CONNECTING, State.CLOSING},
     State.CLOSING: {State.CLOSED},
     State.CLOSED: set(),

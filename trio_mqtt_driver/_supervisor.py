@@ -6,7 +6,7 @@ of that connection and is one failed attempt; the next one begins from nothing, 
 
 Nothing is permanent. What waits (back-off, pause) waits for its time to pass *or* for ``_wake``, which
 ``force_reconnect`` and ``apply_settings`` set from any task at any time. Both also replace a live link by the very
-path that a lost one takes, so there is only one way back.
+path that a lost one takes, so there is only one way back. Only ``pause`` waits for somebody: ``_held`` says why.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class Supervisor:
         self._only_3_1_1: set[Endpoint] = set()
         self._states = States()
         self._wake = trio.Event()
+        self._held: str | None = None
+        self._resumed = trio.Event()
         self._end_session = trio.Event()
         self._attempt_scope = trio.CancelScope()
         self._attempts = 0
@@ -105,7 +107,7 @@ class Supervisor:
         self._states.to(state)
         text = self._record(state.value, text, error)
         # A link that cannot be had is worth waking somebody for; the steps of a normal life are not.
-        level = logging.WARNING if error is not None or state is State.PAUSED else logging.INFO
+        level = logging.WARNING if error is not None else logging.INFO
         traceback = error if logger.isEnabledFor(logging.DEBUG) else None
         logger.log(level, "%s: %s", self.config.client_id, text, exc_info=traceback)
         if state is State.LIVE:
@@ -148,6 +150,9 @@ class Supervisor:
         """Keep a connection until ``close`` or a terminal refusal."""
         try:
             while not self._closing:
+                if self._held is not None:
+                    await self._stay_away(self._held)
+                    continue
                 error: MQTTDriverError | None = None
                 self._end_session = trio.Event()
                 self._wake = trio.Event()
@@ -325,10 +330,13 @@ class Supervisor:
 
     async def _back_off(self, error: MQTTDriverError | None) -> None:
         """Wait before the next attempt, as long as the back-off says or until somebody asks for it now."""
-        if self.state is State.BACKING_OFF:  # force_reconnect or apply_settings ended a live link
+        if self.state in (
+            State.BACKING_OFF,
+            State.PAUSED,
+        ):  # force_reconnect, apply_settings, pause
             return
         if error is None:  # the same, before the link was live
-            self._to(State.BACKING_OFF, "attempt abandoned, connecting anew")
+            self._to(State.BACKING_OFF, "attempt abandoned")
             return
         if self.state is State.LIVE:
             self._history.counters.losses += 1
@@ -343,6 +351,11 @@ class Supervisor:
         with trio.move_on_at(self._next_attempt_at):
             await self._wake.wait()
         self._next_attempt_at = math.inf
+
+    async def _stay_away(self, reason: str) -> None:
+        if self.state is not State.PAUSED:
+            self._to(State.PAUSED, f"paused: {reason}")
+        await self._resumed.wait()
 
     def _enter_back_off(self, what: str, delay: Delay, error: MQTTDriverError) -> None:
         said = f"{type(error).__name__}: {error}"
@@ -361,13 +374,14 @@ class Supervisor:
 
     def force_reconnect(self, reason: str, *, even_if_live: bool) -> bool:
         """Connect anew at once; False if the link is live and shall stay."""
-        if self._closing or self.state in (State.CLOSING, State.CLOSED):
-            raise DriverClosedError("the driver was left")
+        self._check_open()
         if self.state is State.LIVE and not even_if_live:
             text = f"reconnect asked for ({reason}), but the link is live: nothing to do"
             self._record("force reconnect", text)
             logger.info("%s: %s", self.config.client_id, text)
             return False
+        self._held = None
+        self._resumed.set()
         self._backoff.reset()
         self._record("force reconnect", f"reconnecting at once: {reason}")
         if self.state is State.LIVE:
@@ -379,14 +393,42 @@ class Supervisor:
         self._wake.set()
         return True
 
+    def pause(self, reason: str) -> None:
+        """Give the link up, whatever its state, and make no other until somebody asks for it."""
+        self._check_open()
+        if self._held is None:
+            self._resumed = trio.Event()
+        self._held = reason
+        if self.state in (State.LIVE, State.BACKING_OFF):
+            # As in force_reconnect: wait_live() called next must wait.
+            self._to(State.PAUSED, f"paused: {reason}")
+        else:
+            self._record("pause", f"pausing: {reason}")
+            self._attempt_scope.cancel(reason=f"pausing: {reason}")
+        self._end_session.set()
+        self._wake.set()
+
+    def resume(self) -> bool:
+        """End a pause now, ``pause``'s or the circuit breaker's; False if there is none."""
+        self._check_open()
+        if self._held is None and self.state is not State.PAUSED:
+            return False
+        return self.force_reconnect("resumed", even_if_live=False)
+
     def apply_settings(self, config: DriverConfig) -> None:
         """Use other settings from now on; subscriptions and queued messages stay."""
-        if self._closing or self.state in (State.CLOSING, State.CLOSED):
-            raise DriverClosedError("the driver was left")
+        self._check_open()
         self.config = config
         self._backoff = Backoff(config.backoff, self._rng)
         self._only_3_1_1.clear()
-        self.force_reconnect("settings changed", even_if_live=True)
+        if self._held is None:
+            self.force_reconnect("settings changed", even_if_live=True)
+        else:
+            self._record("settings", "settings changed, for when the pause ends")
+
+    def _check_open(self) -> None:
+        if self._closing or self.state in (State.CLOSING, State.CLOSED):
+            raise DriverClosedError("the driver was left")
 
     async def close(self, *, drain: bool) -> None:
         """End the connection with DISCONNECT if it is live, at once if not; with ``drain`` after what is still out.
@@ -402,6 +444,7 @@ class Supervisor:
         else:
             self._attempt_scope.cancel(reason="the driver is left")
         self._wake.set()
+        self._resumed.set()
         await self._states.wait(_CLOSED)
 
     def diagnosis(self) -> Diagnosis:
