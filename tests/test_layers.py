@@ -32,6 +32,7 @@ LAYERS = (
     names("_dispatch _subscription _arguments"),
     names("_supervisor"),
     names("_lifespan _driver"),
+    names("_state_view"),
     names("__init__ __main__ _cli"),
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
@@ -154,7 +155,7 @@ def test_an_init_holds_public_names_only(module: str) -> None:
         ("_types", "from ._config import DriverConfig", "imports _config (layer 1)"),
         ("_types", "def f():\n    from . import _config", "imports _config (layer 1)"),
         ("_connection", "import trio_mqtt_driver._driver", "imports _driver (layer 6)"),
-        ("_driver", "from trio_mqtt_driver import MQTTDriver", "imports __init__ (layer 7)"),
+        ("_driver", "from trio_mqtt_driver import MQTTDriver", "imports __init__ (layer 8)"),
         ("_driver", "from .testing import MemoryBroker", "imports testing.__init__ (layer unknown)"),
         ("_supervisor", "if TYPE_CHECKING:\n    from ._paho import Client", "imports _paho (layer 2)"),
         ("_connection", "import paho.mqtt.client as mqtt", "only _paho knows paho"),

@@ -32,6 +32,7 @@ from ._errors import (
     RefusedError as RefusedError,
     ServerDisconnectedError as ServerDisconnectedError,
     ServerLimitError as ServerLimitError,
+    StaleDataError as StaleDataError,
     SubscribeError as SubscribeError,
     TLSError as TLSError,
     TransportError as TransportError,
@@ -40,6 +41,7 @@ from ._errors import (
 from ._history import Event as Event
 from ._outbox import Receipt as Receipt
 from ._registry import SubscriptionOptions as SubscriptionOptions
+from ._state_view import StateView as StateView
 from ._status import Status as Status
 from ._subscription import Subscription as Subscription, SubscriptionStatistics as SubscriptionStatistics
 from ._tls import TLSConfig as TLSConfig

@@ -348,11 +348,19 @@ class MQTTDriver:
 
         Raises ``ValueError`` if nothing is subscribed so, ``UnsubscribeError`` and ``DriverClosedError``.
         """
+        await self._dispatcher.close_and_wait(self._find(target))
+
+    def unsubscribe_nowait(self, target: Subscription[Any] | str) -> None:
+        """The same without waiting for the broker's answer. Raises ``ValueError`` and ``DriverClosedError``."""
+        for subscription in self._find(target):
+            self._dispatcher.close(subscription)
+
+    def _find(self, target: Subscription[Any] | str) -> list[Subscription[Any]]:
         self._check_open()
         subscriptions = self._dispatcher.find(target)
         if not subscriptions:
             raise ValueError(f"nothing is subscribed with {target!r}")
-        await self._dispatcher.close_and_wait(subscriptions)
+        return subscriptions
 
     # -- the link -----------------------------------------------------------------------------------------------------
 

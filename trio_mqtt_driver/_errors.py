@@ -137,6 +137,13 @@ class NotConnectedError(MQTTDriverError):
     """The call needs a live link and there is none now: wait with ``wait_live()``, or let ``publish()`` wait."""
 
 
+class StaleDataError(MQTTDriverError):
+    """A `StateView` has nothing that is live: the driver is not started, the link is down, or data is still missing.
+
+    The message says which. Show the user that the state is unknown, and read again later, or use ``changes()``.
+    """
+
+
 class ServerLimitError(MQTTDriverError, ValueError):
     """The call asks for what the broker ruled out in its CONNACK (Maximum QoS, packet size, retain, wildcards, …)."""
 
