@@ -114,7 +114,7 @@ async def test_a_factory_that_fails_is_a_failed_attempt_for_days_and_then_heals(
         await trio.sleep(3 * 24 * 3600)
         assert driver.status().last_error == ("OptionsError: options_factory failed: RuntimeError('HTTP 502')")
         assert not broker.connects
-        assert len(calls) == pytest.approx(3 * 24 * 3600 / 45, rel=0.01)
+        assert len(calls) == pytest.approx(3 * 24 * 3600 / 30, rel=0.01)
         healed = True
         with trio.fail_after(60):
             await driver.wait_live()
@@ -377,6 +377,23 @@ async def test_a_plain_close_is_tried_with_3_1_1_but_not_remembered(
         await driver.wait_live()
         assert driver.status().protocol == "5"
     assert versions(broker) == [5, 4, 5]
+
+
+async def test_a_broker_that_has_spoken_mqtt_5_keeps_it_when_it_comes_back_between_two_tries(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
+    async with MQTTDriver(config_for(broker)) as driver:
+        broker.faults.cut(Kind.CONNECT, before=True)
+        broker.drop()
+        await settled()
+        await driver.wait_live()
+        assert driver.status().protocol == "5"
+        broker.options.versions = (4,)
+        broker.drop()
+        await settled()
+        await driver.wait_live()
+        assert driver.status().protocol == "3.1.1"
+    assert versions(broker) == [5, 5, 5, 5, 4]
 
 
 async def test_a_version_that_is_fixed_is_not_changed(broker: MemoryBroker, autojump_clock: MockClock) -> None:

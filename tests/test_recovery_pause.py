@@ -84,59 +84,7 @@ async def test_a_pause_ends_by_itself_with_one_trial_after_another(
         assert driver.status().failures == 0
 
 
-@pytest.mark.parametrize("outage", [10, 60, 180, 3600])
-@pytest.mark.parametrize("seed", range(5))
-async def test_the_link_is_back_within_a_minute_of_the_networks_return(
-    broker: MemoryBroker, outage: float, seed: int, autojump_clock: MockClock
-) -> None:
-    async with MQTTDriver(config_for(broker), rng=random.Random(seed)) as driver:
-        await trio.sleep(100)
-        broker.stop()
-        await trio.sleep(outage)
-        assert driver.state is not State.LIVE
-        broker.start()
-        await live(driver, within=60)
-        assert driver.generation == 2
-
-
-async def test_a_day_with_five_outages_leaves_nothing_behind(broker: MemoryBroker, autojump_clock: MockClock) -> None:
-    rng = random.Random(1)
-    outages = [rng.uniform(1, 7200) for _ in range(5)]
-    got: list[bytes] = []
-    async with MQTTDriver(config_for(broker), rng=rng) as driver:
-        await driver.subscribe("in", lambda message: got.append(message.payload), qos=1)
-        for number, outage in enumerate(outages):
-            await trio.sleep((24 * 3600 - sum(outages)) / 5)
-            broker.stop()
-            await trio.sleep(outage)
-            broker.start()
-            await live(driver, within=60)
-            assert driver.generation == number + 2
-            broker.publish("in", str(number), qos=1)
-            await settled()
-        status = driver.status()
-        assert len(status.history) <= 200
-        assert (status.queued, status.in_flight, status.unacknowledged) == (0, 0, 0)
-    assert got == [b"0", b"1", b"2", b"3", b"4"]
-
-
 # -- force_reconnect --------------------------------------------------------------------------------------------------
-
-
-async def test_force_reconnect_ends_a_pause_at_once(
-    broker: MemoryBroker, dialer: Dialer, autojump_clock: MockClock
-) -> None:
-    broker.down = True
-    async with MQTTDriver(config_for(broker, open_stream=dialer), start="background") as driver:
-        await paused(driver)
-        await trio.sleep(3)
-        broker.start()
-        now = trio.current_time()
-        assert driver.force_reconnect("the button was pressed") is True
-        assert driver.status().failures == 0
-        await live(driver, within=0.1)
-        assert dialer.attempts[-1] == now
-        assert any("the button was pressed" in event.text for event in driver.status().history)
 
 
 async def test_force_reconnect_ends_a_back_off_at_once_and_clears_the_failures(

@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
 import random
-import threading
-import tracemalloc
 from collections import deque
-from collections.abc import Callable, Generator
-from pathlib import Path
+from collections.abc import Generator
 
-import attrs
 import pytest
 import trio
 import trio.testing
 
+from tests.footprint import Footprint, allocations_traced, resident, traced
 from tests.peers import memory_config
 from trio_mqtt_driver import BackoffConfig, DriverConfig, Message, MQTTDriver
-from trio_mqtt_driver._connection import Connection
 from trio_mqtt_driver.testing import MemoryBroker
 
-MIB = 2**20
-ALLOWED = 2 * MIB
 # The rings of broker and driver are small, so that the warm-up fills them: they are bounds, not leaks.
 WARM_UP = 60
 RINGS = {"history_events": 50}
-
-settled = trio.testing.wait_all_tasks_blocked
-
-
-@attrs.frozen
-class Footprint:
-    tasks: int
-    threads: int
-    files: int
-    connections: int
-    """Connection objects that the garbage collector knows."""
-    memory: int
-
-    @classmethod
-    async def take(cls, measure: Callable[[], int]) -> Footprint:
-        await settled()
-        for _ in range(3):
-            gc.collect()
-        return cls(
-            tasks=trio.lowlevel.current_statistics().tasks_living,
-            threads=threading.active_count(),
-            files=len(os.listdir("/dev/fd")),  # noqa: PTH208  # iterdir() would open one more
-            connections=sum(isinstance(thing, Connection) for thing in gc.get_objects()),
-            memory=measure(),
-        )
-
-    def assert_no_more_than(self, other: Footprint) -> None:
-        assert attrs.evolve(self, memory=0, threads=0) == attrs.evolve(other, memory=0, threads=0)
-        # Idle worker threads of earlier tests may end meanwhile.
-        assert self.threads <= other.threads
-        assert abs(self.memory - other.memory) < ALLOWED
 
 
 @pytest.fixture(autouse=True)
@@ -68,18 +29,8 @@ def _unlogged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def tracing() -> Generator[None, None, None]:
-    tracemalloc.start()
-    yield
-    tracemalloc.stop()
-
-
-def traced() -> int:
-    return tracemalloc.get_traced_memory()[0]
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
+    with allocations_traced():
+        yield
 
 
 class Application:

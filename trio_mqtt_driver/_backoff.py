@@ -60,7 +60,7 @@ class BackoffConfig:
     """A connection that ends sooner counts as a failure; one that lives this long clears the failures."""
     pause_after: int = attrs.field(default=8, validator=_count)
     """So many failures open the circuit breaker."""
-    pause: float = attrs.field(default=45.0, validator=_number(0, above=True))
+    pause: float = attrs.field(default=30.0, validator=_number(0, above=True))
     """The breaker's cool-down: then one trial, and if it fails, the same again."""
 
 

@@ -84,6 +84,7 @@ class Supervisor:
         self._ids = ClientIds(config.client_id, config.wall_clock, config.client_id_factory)
         self._ids_key = (config.client_id, config.client_id_factory)
         self._only_3_1_1: set[Endpoint] = set()
+        self._spoke_5: set[Endpoint] = set()
         self._states = States()
         self._wake = trio.Event()
         self._held: str | None = None
@@ -183,7 +184,7 @@ class Supervisor:
             if config.protocol == "3.1.1" or config.endpoint in self._only_3_1_1:
                 return await self._connect(config, 4)
             error = await self._connect(config, 5)
-            if self.state is not State.CONNECTING or not self._may_be_3_1_1(error):
+            if self.state is not State.CONNECTING or not self._may_be_3_1_1(error, config.endpoint):
                 return error
             if isinstance(error, ProtocolVersionError):
                 self._only_3_1_1.add(config.endpoint)
@@ -194,10 +195,12 @@ class Supervisor:
         except MQTTDriverError as exc:
             return exc
 
-    @staticmethod
-    def _may_be_3_1_1(error: MQTTDriverError | None) -> bool:
-        # Some 3.1.1 brokers just close. A broker that is going down does so, too: only the plain answer is remembered.
-        return isinstance(error, ProtocolVersionError) or type(error) is ConnectionLostError
+    def _may_be_3_1_1(self, error: MQTTDriverError | None, endpoint: Endpoint) -> bool:
+        # Some 3.1.1 brokers just close. A broker that is going down does so, too: only the plain answer is remembered,
+        # and one that has spoken MQTT 5 must not end up with 3.1.1 since it came back between the two tries.
+        if isinstance(error, ProtocolVersionError):
+            return True
+        return type(error) is ConnectionLostError and endpoint not in self._spoke_5
 
     async def _make_options(self) -> DriverConfig:
         config = self.config
@@ -271,6 +274,8 @@ class Supervisor:
         if scope.cancelled_caught:
             raise TransportError(f"no CONNACK from {config.endpoint} in connect_timeout={config.connect_timeout:g} s")
         version = "5" if connection.version == 5 else "3.1.1"
+        if connection.version == 5:
+            self._spoke_5.add(config.endpoint)
         self._to(State.VALIDATING, f"connected to {config.endpoint} with MQTT {version} as {connection.client_id!r}")
         # The broker holds our will from here on: whoever gives the connection up now ends this scope only, so that
         # DISCONNECT still goes out.
@@ -421,6 +426,7 @@ class Supervisor:
         self.config = config
         self._backoff = Backoff(config.backoff, self._rng)
         self._only_3_1_1.clear()
+        self._spoke_5.clear()
         if self._held is None:
             self.force_reconnect("settings changed", even_if_live=True)
         else:

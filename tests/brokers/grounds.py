@@ -11,7 +11,14 @@ import pytest
 import trio
 
 from trio_mqtt_driver import Attempt, BackoffConfig, DriverConfig, Endpoint
-from trio_mqtt_driver.testing import BrokerNotInstalledError, BrokerProcess, Ejabberd, EmbeddedBroker, Mosquitto
+from trio_mqtt_driver.testing import (
+    BrokerNotInstalledError,
+    BrokerProcess,
+    Ejabberd,
+    EmbeddedBroker,
+    Iotcore,
+    Mosquitto,
+)
 
 Protocol = Literal["5", "3.1.1"]
 
@@ -34,7 +41,13 @@ GROUNDS: dict[str, tuple[Callable[..., BrokerProcess], Protocol]] = {
     "mosquitto-3.1.1": (Mosquitto, "3.1.1"),
     "nats-3.1.1": (EmbeddedBroker, "3.1.1"),
     "ejabberd-5": (Ejabberd, "5"),
+    "iotcore-5": (Iotcore, "5"),
 }
+
+
+def every_ground_but(*names: str) -> pytest.MarkDecorator:
+    """For a test that takes ``ground`` or ``idle_ground``: not on these, for a reason that stands beside it."""
+    return pytest.mark.parametrize("idle_ground", [name for name in GROUNDS if name not in names], indirect=True)
 
 
 @attrs.frozen
@@ -52,7 +65,7 @@ class Ground:
             "protocol": self.protocol,
             **QUICK,
         }
-        if isinstance(self.broker, Ejabberd):
+        if self.broker.credentials is not None:
             defaults["username"], defaults["password"] = self.broker.credentials
         return DriverConfig(**{**defaults, **options})
 

@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import trio
 
-from tests.brokers.grounds import GROUNDS, Ground, require
+from tests.brokers.grounds import GROUNDS, Ground, every_ground_but, require
 from trio_mqtt_driver import Endpoint, Message, MQTTDriver, RefusedError, State, Will
 from trio_mqtt_driver.testing import FaultProxy, Mosquitto
 
 pytestmark = pytest.mark.broker
+# iotcore ends a connection whose acknowledgements are not in the order of the messages over all subscriptions; ours
+# are in order within each (docs/decisions.md).
+ORDERED_ACKS = every_ground_but("iotcore-5")
 
 
+@ORDERED_ACKS
 @pytest.mark.smoke
 async def test_messages_go_both_ways_at_every_qos(ground: Ground) -> None:
     handled: list[tuple[bytes, int]] = []
@@ -77,7 +81,8 @@ async def test_the_will_is_published_when_the_link_is_lost_and_not_after_a_clean
             assert (await wills.receive()).payload == b"end"
 
 
-@pytest.mark.parametrize("name", GROUNDS)
+# iotcore hangs up on wrong credentials without a CONNACK, as on a fault that may heal.
+@pytest.mark.parametrize("name", [name for name in GROUNDS if name != "iotcore-5"])
 async def test_wrong_credentials_are_refused_for_good_and_right_ones_are_not(name: str) -> None:
     make, protocol = GROUNDS[name]
     broker = require(make(users={"u1": "p1"}))
@@ -107,6 +112,7 @@ async def test_every_probe_works(ground: Ground, probe: str) -> None:
             assert driver.status().round_trip is not None
 
 
+@ORDERED_ACKS
 async def test_overlapping_filters_each_get_every_message_once(ground: Ground) -> None:
     got: dict[str, list[bytes]] = {"a/#": [], "a/+": [], "+/b": []}
     expected = [str(number).encode() for number in range(60)]

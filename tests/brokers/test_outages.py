@@ -179,8 +179,7 @@ async def test_a_link_that_is_cut_anywhere_in_the_handshake_and_the_replay_comes
 
 async def test_one_byte_at_a_time_is_no_trouble(ground: Ground, nursery: trio.Nursery) -> None:
     proxy = FaultProxy(nursery, ground.broker.port)
-    proxy.byte_by_byte = True
-    with trio.fail_after(40):
+    with trio.fail_after(40), proxy.byte_by_byte():
         async with (
             MQTTDriver(ground.config(proxy.port)) as driver,
             driver.subscription("a/#", Numbered, qos=2) as messages,

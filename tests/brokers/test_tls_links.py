@@ -14,7 +14,7 @@ import trustme
 
 from tests.brokers.grounds import QUICK, Attempts, Protocol, require
 from trio_mqtt_driver import DriverConfig, Endpoint, MQTTDriver, State, TLSConfig
-from trio_mqtt_driver.testing import BrokerProcess, Ejabberd, EmbeddedBroker, FaultProxy, Mosquitto, TLSFiles
+from trio_mqtt_driver.testing import BrokerProcess, Ejabberd, EmbeddedBroker, FaultProxy, Iotcore, Mosquitto, TLSFiles
 
 pytestmark = pytest.mark.broker
 
@@ -22,9 +22,10 @@ TLS_BROKERS: dict[str, tuple[Callable[..., BrokerProcess], Protocol]] = {
     "mosquitto": (Mosquitto, "5"),
     "nats": (EmbeddedBroker, "3.1.1"),
     "ejabberd": (Ejabberd, "5"),
+    "iotcore": (Iotcore, "5"),
 }
 MUTUAL_BROKERS = ("mosquitto", "nats")
-"""ejabberd takes any client certificate, or none."""
+"""ejabberd and iotcore take any client certificate, or none."""
 
 # trustme's own end of validity, in the year 3000, is too late for ejabberd.
 NOT_AFTER = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=20)
@@ -209,13 +210,12 @@ async def test_a_tls_link_is_reset_black_holed_and_trickled(
                 await round_trip(driver)
                 proxy.cut_after(50)  # in the middle of the next TLS record
                 await driver.publish("a", bytes(1000), qos=1)
-                proxy.byte_by_byte = True
-                proxy.reset()
-                attempts.errors.clear()
-                await attempts.wait_error("Lost")
-                await driver.wait_live()
-                await driver.publish("a", bytes(1000), qos=1)
-                proxy.byte_by_byte = False
+                with proxy.byte_by_byte():
+                    proxy.reset()
+                    attempts.errors.clear()
+                    await attempts.wait_error("Lost")
+                    await driver.wait_live()
+                    await driver.publish("a", bytes(1000), qos=1)
                 with proxy.blackhole():
                     await attempts.wait_error("KeepAliveError")
                 await driver.wait_live()

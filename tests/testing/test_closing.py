@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 
 from tests.testing.peers import join
-from trio_mqtt_driver.testing import Disconnect, MemoryBroker
+from trio_mqtt_driver.testing import Disconnect, MemoryBroker, Pingreq
 
 
 @pytest.mark.parametrize("by_client", [True, False])
@@ -21,3 +22,12 @@ async def test_eof_follows_the_end_at_once(
         broker.drop()
     assert await client.receive() is None
     assert autojump_clock.current_time() == before
+
+
+async def test_what_comes_in_the_moment_of_the_end_is_not_read_any_more(broker: MemoryBroker) -> None:
+    client = await join(broker, "c")
+    await client.send(Pingreq())
+    broker.stop()
+    await trio.testing.wait_all_tasks_blocked()
+    assert await client.receive() is None
+    assert not broker.violations

@@ -16,9 +16,7 @@ from trio_mqtt_driver.testing import (
     EmbeddedBroker,
     FaultProxy,
     MemoryBroker,
-    Publish,
     RawClient,
-    encode,
 )
 
 
@@ -125,6 +123,32 @@ async def test_fin_ends_one_direction(proxy: FaultProxy, echo: Echo) -> None:
         assert echo.ends == ["eof"]
 
 
+async def test_fin_towards_the_broker(nursery: trio.Nursery) -> None:
+    """The broker gets EOF and goes on sending; what the client still sends is lost."""
+    received = bytearray()
+    may_answer = trio.Event()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"hello")
+        async for data in stream:
+            received.extend(data)
+        await may_answer.wait()
+        await stream.send_all(b"still here")
+
+    listeners: list[trio.SocketListener] = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+    proxy = FaultProxy(nursery, listeners[0].socket.getsockname()[1])
+    async with await call(proxy) as stream:
+        assert await read(stream, 5) == b"hello"
+        with proxy.blackhole(Direction.IN):
+            await stream.send_all(b"held back")
+            assert await silent(stream)
+            proxy.fin(Direction.IN)
+        await stream.send_all(b"lost")
+        may_answer.set()
+        assert await read(stream, 100) == b"still here"
+    assert received == b""
+
+
 @pytest.mark.parametrize("direction", [None, Direction.IN, Direction.OUT])
 async def test_black_hole(proxy: FaultProxy, echo: Echo, direction: Direction | None) -> None:
     async with await call(proxy) as stream:
@@ -133,8 +157,6 @@ async def test_black_hole(proxy: FaultProxy, echo: Echo, direction: Direction | 
             await stream.send_all(b"held")
             assert await silent(stream)
             assert bytes(echo.received) == (b"xheld" if direction is Direction.OUT else b"x")
-            with pytest.raises(RuntimeError, match="black hole"), proxy.blackhole():
-                pass
             async with await call(proxy) as late:
                 await late.send_all(b"late")
                 assert await silent(late)
@@ -161,8 +183,6 @@ async def test_hang(proxy: FaultProxy) -> None:
                 await late.send_all(b"late")
                 assert await silent(late)
                 assert await ask(stream, b"open ones work") == b"open ones work"
-                with pytest.raises(RuntimeError, match="hang already"), proxy.hang():
-                    pass
         async with await call(proxy) as late:
             assert await ask(late, b"late") == b"late"
 
@@ -176,15 +196,48 @@ async def test_a_hanging_connection_goes_through_at_the_end(proxy: FaultProxy) -
 
 
 async def test_delay(proxy: FaultProxy) -> None:
+    """Its exact timing is shown in test_lanes.py; here a lower bound, which no slow machine can break."""
     async with await call(proxy) as stream:
         await ask(stream, b"x")
-        proxy.delay = 0.15
-        before = trio.current_time()
-        await ask(stream, b"x")
-        # A lower bound, which no slow machine can break: there and back.
-        assert trio.current_time() - before >= 0.3
-        proxy.delay = 0.0
+        with proxy.delay(0.15, jitter=0.01):
+            before = trio.current_time()
+            await ask(stream, b"x")
+            assert trio.current_time() - before >= 0.3
         assert await ask(stream, b"x") == b"x"
+
+
+async def test_delay_in_one_direction(proxy: FaultProxy, echo: Echo) -> None:
+    async with await call(proxy) as stream:
+        await ask(stream, b"x")
+        with proxy.delay(600, direction=Direction.OUT):
+            await stream.send_all(b"late")
+            assert await silent(stream)
+            assert bytes(echo.received) == b"xlate"
+            assert proxy.held == {Direction.IN: 0, Direction.OUT: 4}
+        assert await read(stream, 4) == b"late"
+
+
+async def test_bandwidth(proxy: FaultProxy) -> None:
+    async with await call(proxy) as stream:
+        await ask(stream, b"x")
+        with proxy.bandwidth(1000, direction=Direction.IN):
+            before = trio.current_time()
+            assert await ask(stream, bytes(200)) == bytes(200)
+            assert trio.current_time() - before >= 0.2
+        with proxy.bandwidth(1):
+            await stream.send_all(b"slow")
+            assert await silent(stream)
+        assert await read(stream, 4) == b"slow"
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+async def test_corrupt(proxy: FaultProxy, echo: Echo, direction: Direction) -> None:
+    async with await call(proxy) as stream:
+        assert await ask(stream, b"abcd") == b"abcd"
+        proxy.corrupt(2, direction, mask=0x20)
+        assert await ask(stream, b"abcd") == b"abCd"
+        assert bytes(echo.received) == (b"abcdabcd" if direction is Direction.OUT else b"abcdabCd")
+        assert await ask(stream, b"abcd") == b"abcd"
 
 
 async def test_byte_by_byte(nursery: trio.Nursery) -> None:
@@ -198,9 +251,9 @@ async def test_byte_by_byte(nursery: trio.Nursery) -> None:
 
     listeners: list[trio.SocketListener] = await nursery.start(partial(trio.serve_tcp, measure, 0, host="127.0.0.1"))
     proxy = FaultProxy(nursery, listeners[0].socket.getsockname()[1])
-    proxy.byte_by_byte = True
     async with await call(proxy) as stream:
-        assert await ask(stream, b"x" * 100) == b"." * 100
+        with proxy.byte_by_byte():
+            assert await ask(stream, b"x" * 100) == b"." * 100
     # The kernel may join a few, but never into as large a piece as it was.
     assert len(lengths) > 10
 
@@ -229,14 +282,6 @@ async def test_cut_after(proxy: FaultProxy, echo: Echo, direction: Direction, re
         assert await ask(stream, b"the next connection works") == b"the next connection works"
 
 
-async def test_cut_after_nothing() -> None:
-    async with trio.open_nursery() as nursery:
-        proxy = FaultProxy(nursery, 1)
-        with pytest.raises(ValueError, match="count must be at least 1, not 0"):
-            proxy.cut_after(0)
-        nursery.cancel_scope.cancel()
-
-
 async def test_a_target_that_refuses(nursery: trio.Nursery) -> None:
     # Nobody listens on port 1.
     proxy = FaultProxy(nursery, 1)
@@ -259,7 +304,6 @@ async def test_a_client_that_resets(proxy: FaultProxy, echo: Echo) -> None:
 async def test_mqtt_through_the_proxy(nursery: trio.Nursery) -> None:
     broker = MemoryBroker(nursery)
     proxy = FaultProxy(nursery, await broker.listen())
-    proxy.byte_by_byte = True
     async with await call(proxy) as stream:
         assert (await RawClient(stream).connect(Connect(client_id="c"))).reason_code == 0
         proxy.reset()
@@ -293,28 +337,3 @@ async def test_nothing_is_left_open(nursery: trio.Nursery, echo: Echo) -> None:
             own.cancel_scope.cancel()
         with pytest.raises(OSError, match="connect"):
             await call(proxy)
-
-
-async def test_a_client_gets_messages_at_half_the_direct_rate_or_more(nursery: trio.Nursery) -> None:
-    """All run in this thread, so the ratio is steady where times are not; the best of three counts."""
-    count, batch = 20_000, 500
-    data = encode(Publish(topic="sensors/kitchen/temperature", payload=bytes(64)), 5) * batch
-
-    async def pour(stream: trio.SocketStream) -> None:
-        for _ in range(count // batch):
-            await stream.send_all(data)
-
-    listeners: list[trio.SocketListener] = await nursery.start(partial(trio.serve_tcp, pour, 0, host="127.0.0.1"))
-    port = listeners[0].socket.getsockname()[1]
-    proxy = FaultProxy(nursery, port)
-
-    async def seconds(target: int) -> float:
-        async with await trio.open_tcp_stream("127.0.0.1", target) as stream:
-            client = RawClient(stream)
-            before = trio.current_time()
-            for _ in range(count):
-                await client.expect(Publish)
-            return trio.current_time() - before
-
-    ratios = [await seconds(port) / await seconds(proxy.port) for _ in range(3)]
-    assert max(ratios) >= 0.5, ratios

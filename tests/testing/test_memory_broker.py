@@ -22,7 +22,6 @@ from trio_mqtt_driver.testing import (
     SubscriptionRequest,
     Unsuback,
     Unsubscribe,
-    WireError,
 )
 
 
@@ -270,6 +269,50 @@ async def test_topic_aliases_from_the_client(broker: MemoryBroker) -> None:
     ]
 
 
+async def test_topic_aliases_to_the_client(nursery: trio.Nursery) -> None:
+    broker = MemoryBroker(nursery, use_topic_aliases=True)
+    client = await join(broker, "c", properties={"topic_alias_maximum": 2})
+    plain = await join(broker, "plain")
+    old = await join(broker, "old", version=4)
+    for receiver in (client, plain, old):
+        await subscribe(receiver, "#", qos=1)
+    for topic in ("a", "a", "b", "c", "c", "b"):
+        broker.publish(topic, qos=1)
+    got = [await client.expect(Publish) for _ in range(6)]
+    assert [(entry.topic, entry.properties.get("topic_alias")) for entry in got] == [
+        ("a", 1),
+        ("", 1),
+        ("b", 2),
+        ("c", None),
+        ("c", None),
+        ("", 2),
+    ]
+    for receiver in (plain, old):
+        packets = [await receiver.expect(Publish) for _ in range(6)]
+        assert [(entry.topic, entry.properties) for entry in packets] == [(topic, {}) for topic in "aabccb"]
+
+
+async def test_the_broker_uses_no_alias_that_was_not_told(nursery: trio.Nursery) -> None:
+    """An alias that would make the packet too large, or whose packet a fault has swallowed, is not in force."""
+    broker = MemoryBroker(nursery, use_topic_aliases=True)
+    limits: dict[str, PropertyValue] = {"topic_alias_maximum": 2, "maximum_packet_size": 50}
+    client = await join(broker, "c", properties=limits)
+    await subscribe(client, "#")
+    broker.publish("t", bytes(44))
+    with broker.faults.drop(Kind.PUBLISH):
+        broker.publish("t", b"lost")
+    broker.publish("t", b"told")
+    broker.send("c", Publish(topic="own", properties={"topic_alias": 2}))
+    broker.publish("t", b"used")
+    got = [await client.expect(Publish) for _ in range(4)]
+    assert [(entry.topic, entry.properties.get("topic_alias")) for entry in got] == [
+        ("t", None),
+        ("t", 1),
+        ("own", 2),
+        ("", 1),
+    ]
+
+
 # ---- flow control and limits ----
 
 
@@ -408,125 +451,3 @@ async def test_subscriptions_that_the_broker_does_not_offer(nursery: trio.Nurser
     assert identified.reason_codes == (0xA1,)
     old = await join(broker, "old", version=4)
     assert (await subscribe(old, "a/+")).reason_codes == (0x80,)
-
-
-# ---- the face of the broker ----
-
-
-async def test_a_broker_that_is_down_refuses_connections(broker: MemoryBroker) -> None:
-    broker.down = True
-    with pytest.raises(ConnectionRefusedError):
-        await broker.connect_stream()
-    broker.down = False
-    await join(broker, "c")
-
-
-async def test_connect_stream_checkpoints(broker: MemoryBroker) -> None:
-    with trio.testing.assert_checkpoints():
-        await broker.connect_stream()
-
-
-async def test_what_it_saw(broker: MemoryBroker) -> None:
-    client = await join(broker, "c", username="me", keep_alive=7)
-    await subscribe(client, "a/#", qos=1)
-    await publish(client, "x", b"payload")
-    assert [entry.kind for _, entry in broker.received] == [Kind.CONNECT, Kind.SUBSCRIBE, Kind.PUBLISH]
-    assert [entry.kind for _, entry in broker.sent] == [Kind.CONNACK, Kind.SUBACK, Kind.PUBACK]
-    assert [(entry.client_id, entry.username, entry.keep_alive) for entry in broker.connects] == [("c", "me", 7)]
-    assert broker.clients == ["c"]
-    assert list(broker.sessions) == ["c"]
-    assert broker.subscriptions("c")["a/#"].qos == 1
-    assert broker.subscriptions("nobody") == {}
-    assert "-> c: Suback" in broker.tail()
-    broker.forget()
-    assert not broker.received
-    assert not broker.published
-    assert broker.tail() == "no packet was seen"
-
-
-async def test_records_are_bounded(nursery: trio.Nursery) -> None:
-    broker = MemoryBroker(nursery, history=10)
-    for number in range(30):
-        broker.publish(f"t/{number}")
-    await broker.wait_for_publish("t/29")
-    assert [entry.topic for entry in broker.published] == [f"t/{number}" for number in range(20, 30)]
-
-
-async def test_waiting_for_what_comes(autojump_clock: trio.testing.MockClock, broker: MemoryBroker) -> None:
-    async def client() -> None:
-        peer = await join(broker, "c")
-        await trio.sleep(1)
-        await subscribe(peer, "a/#")
-        await trio.sleep(1)
-        await peer.send(Publish(topic="x/y", payload=b"1"))
-        await trio.sleep_forever()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(client)
-        assert await broker.wait_for_client() == "c"
-        assert trio.current_time() == 0
-        assert await broker.wait_for_subscription("a/#") == "c"
-        assert trio.current_time() == 1
-        assert (await broker.wait_for_publish("x/+")).payload == b"1"
-        assert trio.current_time() == 2
-        # What has been seen already counts.
-        assert (await broker.wait_for_publish("x/+")).payload == b"1"
-        nursery.cancel_scope.cancel()
-
-
-async def test_waiting_in_vain_shows_the_last_packets(
-    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
-) -> None:
-    await join(broker, "c")
-    with pytest.raises(AssertionError, match=r"(?s)no PUBLISH for 'x' within 5 s.*<- c: Connect.*-> c: Connack"):
-        await broker.wait_for_publish("x", timeout=5)
-    assert trio.current_time() == 5
-    with pytest.raises(AssertionError, match="no subscription to 'x' within 30"):
-        await broker.wait_for_subscription("x")
-    with pytest.raises(AssertionError, match="no connection of nobody within 30"):
-        await broker.wait_for_client("nobody")
-
-
-async def test_waiting_is_a_checkpoint_even_when_it_is_there(broker: MemoryBroker) -> None:
-    broker.publish("t")
-    with trio.testing.assert_checkpoints():
-        await broker.wait_for_publish("t")
-
-
-async def test_sending_whatever_one_likes(broker: MemoryBroker) -> None:
-    client = await join(broker, "c")
-    broker.send("c", Publish(topic="t", properties={"topic_alias": 1}))
-    broker.send("c", b"\x00 nonsense")
-    assert (await client.expect(Publish)).properties == {"topic_alias": 1}
-    with pytest.raises(WireError, match="packet type 0 is reserved"):
-        await client.receive()
-    with pytest.raises(LookupError, match="'nobody' is not connected; connected are \\['c'\\]"):
-        broker.send("nobody", b"")
-
-
-async def test_options_are_checked_and_may_change(nursery: trio.Nursery) -> None:
-    with pytest.raises(ValueError, match="receive_maximum must be in 1 … 65535, not 0"):
-        MemoryBroker(nursery, receive_maximum=0)
-    with pytest.raises(ValueError, match="versions must be one or both of 4"):
-        MemoryBroker(nursery, versions=(3,))
-    broker = MemoryBroker(nursery)
-    with pytest.raises(ValueError, match="qos must be 0, 1 or 2, not 3"):
-        broker.publish("t", qos=3)
-    with pytest.raises(ValueError, match="maximum_qos must be in 0 … 2, not 3"):
-        broker.options.maximum_qos = 3
-    broker.options.maximum_qos = 1
-    _, connack = await knock(broker, "c")
-    assert connack.properties["maximum_qos"] == 1
-
-
-async def test_a_hundred_thousand_messages(broker: MemoryBroker) -> None:
-    client = await join(broker, "c")
-    await subscribe(client, "t", qos=1)
-    total = 100_000
-    for number in range(total):
-        broker.publish("t", b"%d" % number)
-    for number in range(total):
-        packet = await client.expect(Publish)
-        if int(packet.payload) != number:
-            raise AssertionError((packet, number))
-    assert broker.dropped == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import errno
 import os
 import shutil
 import signal
@@ -10,18 +11,23 @@ import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, ClassVar
+from urllib.parse import quote
 
 import attrs
 import trio
 
+from ._broker_errors import BrokerFailedError
+from ._filters import require_filter
 from ._packets import Connect, Disconnect
 from ._ports import HOST, free_port
 from ._properties import WireError
 from ._raw_client import RawClient
+from ._watch import Watch, watching
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,22 +42,19 @@ _STOP_CHECKS = 10_000
 _IN_USE = ("address already in use", "address in use", "eaddrinuse")
 
 
-class BrokerNotInstalledError(Exception):
-    """The broker's program is not on this machine; the message says what to install."""
-
-
-class BrokerFailedError(Exception):
-    """The broker did not start, or ended by itself; the message has the end of its log."""
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    # The broker does not run in the directory of the tests.
+    return Path(path).absolute()
 
 
 @attrs.frozen(kw_only=True)
 class TLSFiles:
-    """PEM files for a broker's TLS listener."""
+    """PEM files for a broker's TLS listener. Relative paths are those of now."""
 
-    cert: Path = attrs.field(converter=Path)
+    cert: Path = attrs.field(converter=_absolute)
     """The server's certificate chain."""
-    key: Path = attrs.field(converter=Path)
-    ca: Path = attrs.field(converter=Path)
+    key: Path = attrs.field(converter=_absolute)
+    ca: Path = attrs.field(converter=_absolute)
     """Whose client certificates are accepted."""
     require_client_cert: bool = False
     """Mutual TLS. Readiness is then tried with the server's own certificate, which must allow client use."""
@@ -69,18 +72,43 @@ class BrokerProcess(abc.ABC):
 
     The process dies with this one. Entering and :meth:`start` return when a CONNECT has been answered; if that takes
     more than 30 s, or the program ends: :class:`BrokerFailedError` with its log. Cancelling them ends the process.
+
+    Brokers differ: what one can do is told by :attr:`versions`, :attr:`keeps_sessions`, :attr:`shares` and
+    :attr:`checks_client_certs` of its class, so that a set of tests can run over all of them.
+
+    Args:
+        tls: the listener speaks TLS with these files; None is plain TCP.
+        users: user name → password of those who are let in; None lets everybody in. The names must not be empty, nor
+            contain a colon or a control character.
     """
 
-    name: str
+    name: ClassVar[str]
+    """Of the program."""
+    versions: ClassVar[tuple[int, ...]] = (4, 5)
+    """The protocol versions that it speaks, as CONNECT has them: 4 is MQTT 3.1.1."""
+    keeps_sessions: ClassVar[bool] = True
+    """Sessions, what is queued for them, and retained messages outlive :meth:`stop` and :meth:`kill`."""
+    shares: ClassVar[bool] = False
+    """It has ``$share`` subscriptions."""
+    checks_client_certs: ClassVar[bool] = True
+    """It can do mutual TLS; without this, ``require_client_cert`` is refused."""
+    _retain_options: ClassVar[bool] = True
+    """It heeds Retain Handling and Retain As Published, if it speaks MQTT 5."""
 
     def __init__(self, *, tls: TLSFiles | None = None, users: Mapping[str, str] | None = None) -> None:
+        if tls is not None and tls.require_client_cert and not self.checks_client_certs:
+            raise ValueError(f"tls: {self.name} takes any client certificate, or none; require_client_cert is no use")
+        if users is not None:
+            _check_users(users)
         self.tls = tls
+        """May be changed; the next start sees it, as with :attr:`users`."""
         self.users: dict[str, str] | None = dict(users) if users is not None else None
         self.host = HOST
         self._port = 0
         self._directory: Path | None = None
         self._guardian: trio.Process | None = None
         self._pid = 0
+        self._watches = 0
 
     # -- for the subclasses --
 
@@ -96,17 +124,24 @@ class BrokerProcess(abc.ABC):
         """Environment variables, beside those of this process."""
         return {"HOME": str(directory)}
 
-    def _probe(self) -> Connect:
-        """The CONNECT that tells whether the broker is ready."""
-        user, password = next(iter(self.users.items())) if self.users else (None, None)
+    def _connect_packet(self, client_id: str) -> Connect:
+        """A CONNECT that is accepted."""
+        user, password = self.credentials or (None, None)
         return Connect(
-            client_id="readiness",
-            version=4,
+            client_id=client_id,
+            version=max(self.versions),
+            # So long that nobody has to ping; 0, which means never, is not accepted by each of them.
+            keep_alive=65535,
             username=user,
             password=password.encode() if password is not None else None,
         )
 
     # -- what a test uses --
+
+    @property
+    def credentials(self) -> tuple[str, str] | None:
+        """A user name and password that are accepted; None if it asks for none."""
+        return next(iter(self.users.items())) if self.users else None
 
     @property
     def port(self) -> int:
@@ -116,7 +151,9 @@ class BrokerProcess(abc.ABC):
 
     @property
     def url(self) -> str:
-        return f"{'mqtt' if self.tls is None else 'mqtts'}://{self.host}:{self.port}"
+        """What a client connects to, with the credentials if there are any."""
+        user = ":".join(quote(text, safe="") for text in self.credentials or ())
+        return f"{'mqtt' if self.tls is None else 'mqtts'}://{user and user + '@'}{self.host}:{self.port}"
 
     @property
     def directory(self) -> Path:
@@ -137,6 +174,8 @@ class BrokerProcess(abc.ABC):
         return self._pid
 
     async def __aenter__(self) -> Self:
+        if self._directory is not None:
+            raise RuntimeError(f"{self.name} has been entered already")
         self._find()  # Before anything is made: a broker that is not installed leaves nothing behind.
         self._directory = Path(tempfile.mkdtemp(prefix="tmd-"))
         try:
@@ -159,6 +198,11 @@ class BrokerProcess(abc.ABC):
         """Start the broker, on the port that it had, and wait until it answers a CONNECT."""
         if self.running:
             raise RuntimeError(f"{self.name} is already running")
+        if self._directory is None:
+            raise RuntimeError(f"{self.name} is used outside its `async with`")
+        for path in (self.tls.cert, self.tls.key, self.tls.ca) if self.tls is not None else ():
+            if not path.is_file():
+                raise FileNotFoundError(errno.ENOENT, "a file of TLSFiles is not there", str(path))
         if self._guardian is not None:
             await self._gone()  # It ended by itself.
         fixed = self._port
@@ -196,6 +240,42 @@ class BrokerProcess(abc.ABC):
     def resume(self) -> None:
         """SIGCONT: go on after :meth:`suspend`."""
         self._signal(signal.SIGCONT)
+
+    @asynccontextmanager
+    async def watch(self, topic_filter: str = "#", *, history: int = 10_000) -> AsyncGenerator[Watch, None]:
+        """See what arrives at the broker, with a client of its own that subscribes to ``topic_filter``::
+
+            async with broker.watch("app/#") as seen:
+                ...
+                message = await seen.wait_for_publish("app/state")
+
+        It is subscribed when the body begins, and remembers the last ``history`` messages. What was retained before is
+        not among them. ``qos`` and ``retain`` are the publisher's, as far as the broker tells: ``retain`` is always
+        False with 3.1.1 and iotcore, ``qos`` is always 2 with iotcore.
+
+        Leave it before you stop the broker: when the broker ends the connection, the body is cancelled, and
+        :class:`BrokerFailedError` says how, with the log. :meth:`suspend` is no end.
+        """
+        require_filter(topic_filter)
+        if not self.running:
+            raise RuntimeError(f"{self.name} is not running")
+        self._watches += 1
+        # Neither a space nor a dot, which nats-server refuses.
+        connect = self._connect_packet(f"watch-{self._watches}")
+
+        def explain(how: str) -> str:
+            return f"{self.name} did not go on with the watch of {topic_filter!r}: {how}\n{self.log()}"
+
+        streams: list[trio.abc.Stream] = []
+        try:
+            with trio.fail_after(_START_DEADLINE):
+                client = await self._dial(streams)
+            options = connect.version == 5 and self._retain_options
+            async with watching(client, connect, topic_filter, history, explain, options=options) as watch:
+                yield watch
+        finally:
+            with trio.move_on_after(_PROBE_DEADLINE, shield=True):
+                await _close(streams)
 
     def log(self) -> str:
         """The end of what the broker has written, over all of its starts."""
@@ -261,22 +341,26 @@ class BrokerProcess(abc.ABC):
     async def _try_connect(self) -> str | None:
         """Why the broker is not ready; None if it is."""
         await trio.lowlevel.checkpoint()
-        stream: trio.abc.Stream | None = None
+        streams: list[trio.abc.Stream] = []
         try:
             with trio.fail_after(_PROBE_DEADLINE):
-                stream = await trio.open_tcp_stream(self.host, self._port)
-                if self.tls is not None:
-                    stream = trio.SSLStream(stream, self._probe_context(self.tls), server_hostname=self.host)
-                client = RawClient(stream, version=4)
-                answer = await client.connect(self._probe())
+                client = await self._dial(streams)
+                answer = await client.connect(self._connect_packet("readiness"))
                 await client.send(Disconnect())
         except (OSError, trio.BrokenResourceError, trio.TooSlowError, WireError, AssertionError) as exc:
             return repr(exc)
         finally:
-            if stream is not None:
-                with trio.move_on_after(_PROBE_DEADLINE, shield=True):
-                    await trio.aclose_forcefully(stream)
+            with trio.move_on_after(_PROBE_DEADLINE, shield=True):
+                await _close(streams)
         return f"CONNECT was refused with code {answer.reason_code}" if answer.reason_code else None
+
+    async def _dial(self, streams: list[trio.abc.Stream]) -> RawClient:
+        """A client, not connected yet, on a stream that is put into ``streams``, to be closed by the caller."""
+        stream: trio.abc.Stream = await trio.open_tcp_stream(self.host, self.port)
+        streams.append(stream)
+        if self.tls is not None:
+            stream = trio.SSLStream(stream, self._probe_context(self.tls), server_hostname=self.host)
+        return RawClient(stream, version=max(self.versions))
 
     def _probe_context(self, tls: TLSFiles) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -288,7 +372,14 @@ class BrokerProcess(abc.ABC):
         return context
 
     def _signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        if self._guardian is None:
+            raise RuntimeError(f"{self.name} is not running")
+        # If the broker has ended by itself, the guardian may not have: this must not depend on who is faster.
+        if self._guardian.poll() is None:
+            try:
+                os.kill(self._pid, number)
+            except ProcessLookupError:
+                return
 
     async def _gone(self) -> None:
         guardian = self._guardian
@@ -297,8 +388,9 @@ class BrokerProcess(abc.ABC):
         assert guardian.stdout is not None
         await guardian.wait()
         self._guardian = None
-        await guardian.stdin.aclose()
-        await guardian.stdout.aclose()
+        with trio.CancelScope(shield=True):  # Closing a pipe is a checkpoint, and never waits.
+            await guardian.stdin.aclose()
+            await guardian.stdout.aclose()
 
     async def _end(self) -> None:
         """End the process, whatever state it is in."""
@@ -327,6 +419,20 @@ class BrokerProcess(abc.ABC):
             log.seek(mark)
             text = log.read().decode(errors="replace").lower()
         return any(words in text for words in _IN_USE)
+
+
+async def _close(streams: list[trio.abc.Stream]) -> None:
+    await trio.lowlevel.checkpoint()
+    for stream in streams:
+        await trio.aclose_forcefully(stream)
+
+
+def _check_users(users: Mapping[str, str]) -> None:
+    if not users:
+        raise ValueError("users: must name at least one user; None lets everybody in")
+    for user in users:
+        if not user or ":" in user or not user.isprintable():
+            raise ValueError(f"users: {user!r} must not be empty, nor contain ':' or control characters")
 
 
 def _await_stop(pid: int) -> None:

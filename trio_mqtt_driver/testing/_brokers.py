@@ -12,13 +12,12 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-import attrs
-
-from ._broker_process import BrokerNotInstalledError, BrokerProcess, TLSFiles
-from ._packets import Connect
+from ._broker_errors import BrokerNotInstalledError
+from ._broker_process import BrokerProcess, TLSFiles
 from ._ports import HOST
 
 _SYSTEM_PATHS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/opt/homebrew/bin")
+_NOT_IN_A_JID = frozenset(" \"&'/:<>@")
 
 
 def _which(program: str, *places: str) -> str | None:
@@ -34,6 +33,7 @@ class EmbeddedBroker(BrokerProcess):
     """
 
     name = "nats-server"
+    versions = (4,)
 
     def _find(self) -> list[str]:
         program = _which("nats-server", sysconfig.get_path("scripts"), str(Path(sys.executable).parent))
@@ -73,6 +73,7 @@ class Mosquitto(BrokerProcess):
     """
 
     name = "mosquitto"
+    shares = True
 
     def __init__(
         self, *, tls: TLSFiles | None = None, users: Mapping[str, str] | None = None, unix_socket: bool = False
@@ -129,20 +130,24 @@ class Ejabberd(BrokerProcess):
     """ejabberd as installed on the machine: a second opinion on MQTT 5.
 
     Without ``users`` it takes any user name with any non-empty password, and refuses a client without; see
-    :attr:`credentials`. It has no shared subscriptions, and does not enforce client certificates.
+    :attr:`credentials`. It has no shared subscriptions, keeps sessions in memory only, and does not enforce client
+    certificates.
     """
 
     name = "ejabberd"
+    keeps_sessions = False
+    checks_client_certs = False
 
     def __init__(self, *, tls: TLSFiles | None = None, users: Mapping[str, str] | None = None) -> None:
-        if tls is not None and tls.require_client_cert:
-            raise ValueError("tls: ejabberd accepts any client certificate, or none; require_client_cert is no use")
+        for user in users or ():
+            if not _NOT_IN_A_JID.isdisjoint(user):
+                raise ValueError(f"users: {user!r} must contain none of {''.join(sorted(_NOT_IN_A_JID))!r} (ejabberd)")
         super().__init__(tls=tls, users=users)
 
     @property
     def credentials(self) -> tuple[str, str]:
         """A user name and password that are accepted."""
-        return next(iter(self.users.items())) if self.users else ("anybody", "anything")
+        return super().credentials or ("anybody", "anything")
 
     def _find(self) -> list[str]:
         erl = _which("erl")
@@ -153,10 +158,6 @@ class Ejabberd(BrokerProcess):
 
     def _environment(self, directory: Path) -> dict[str, str]:
         return {"HOME": str(directory), "ERL_CRASH_DUMP": os.devnull}
-
-    def _probe(self) -> Connect:
-        user, password = self.credentials
-        return attrs.evolve(super()._probe(), username=user, password=password.encode())
 
     def _arguments(self, directory: Path, port: int) -> list[str]:
         listener: dict[str, object] = {"port": port, "ip": HOST, "module": "mod_mqtt"}
@@ -192,7 +193,7 @@ class Ejabberd(BrokerProcess):
 
 
 def _quoted(value: object) -> str:
-    return json.dumps(str(value))
+    return json.dumps(str(value), ensure_ascii=False)
 
 
 def _erlang(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a memory broker does wrong on request.
+r"""What a memory broker does wrong on request.
 
 Everything that a connection sends or receives is shown to the rules here first. A rule is made by one of the methods
 of :class:`Faults`, is active at once, and ends with :meth:`Rule.remove` or its ``with`` block::
@@ -7,6 +7,7 @@ of :class:`Faults`, is active at once, and ends with :meth:`Rule.remove` or its 
         ...
     broker.faults.cut(Kind.CONNACK, reset=True)     # the next connection is reset after its CONNACK
     broker.faults.refuse_connect(0x87, times=3)     # not authorised, three times
+    broker.faults.replace(Kind.SUBACK, b"\x00nonsense", times=1)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import attrs
 import trio
 
-from ._filters import check_filter, matches
+from ._filters import matches, require_filter
 from ._packets import Packet
 from ._properties import Kind
 
@@ -43,6 +44,8 @@ class Action(enum.Enum):
     EOF_AFTER = "close after it"
     RESET_BEFORE = "reset instead"
     RESET_AFTER = "reset after it"
+    REPLACE = "send something else instead"
+    FOLLOW = "send something else right behind it"
 
 
 _ONE_WAY = {
@@ -109,9 +112,11 @@ class Rule:
 
 
 @attrs.define(eq=False, kw_only=True)
-class _PacketRule(Rule):
+class PacketRule(Rule):
     direction: Direction
     action: Action
+    other: Packet | bytes = b""
+    """What is sent instead of the packet, or behind it."""
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -126,7 +131,7 @@ class Faults:
     def __init__(self) -> None:
         self.byte_by_byte = False
         """Deliver every byte to the clients on its own."""
-        self._packets: list[_PacketRule] = []
+        self._packets: list[PacketRule] = []
         self._refusals: list[_Refusal] = []
         self._resumed: trio.Event | None = None
 
@@ -198,6 +203,30 @@ class Faults:
             action = Action.EOF_BEFORE if before else Action.EOF_AFTER
         return self._packet_rule(action, kind, first, times, direction, client_id)
 
+    def replace(
+        self,
+        kind: Kind,
+        other: Packet | bytes,
+        *,
+        first: int = 1,
+        times: int | None = None,
+        client_id: str | None = None,
+    ) -> Rule:
+        """Send ``other``, a packet of your making or bytes as they are, in place of packets of ``kind``."""
+        return self._packet_rule(Action.REPLACE, kind, first, times, Direction.OUT, client_id, other)
+
+    def follow(
+        self,
+        kind: Kind,
+        other: Packet | bytes,
+        *,
+        first: int = 1,
+        times: int | None = None,
+        client_id: str | None = None,
+    ) -> Rule:
+        """Send ``other`` right behind the broker's packets of ``kind``, so that both arrive at once."""
+        return self._packet_rule(Action.FOLLOW, kind, first, times, Direction.OUT, client_id, other)
+
     def refuse_connect(
         self, reason_code: int, *, first: int = 1, times: int | None = None, client_id: str | None = None
     ) -> Rule:
@@ -214,7 +243,7 @@ class Faults:
         client_id: str | None = None,
     ) -> Rule:
         """Answer a SUBSCRIBE for exactly this filter with ``reason_code``; 3.1.1 has only 0x80."""
-        return self._refusal(Kind.SUBSCRIBE, check_filter(topic_filter), reason_code, first, times, client_id)
+        return self._refusal(Kind.SUBSCRIBE, require_filter(topic_filter), reason_code, first, times, client_id)
 
     def refuse_publish(
         self,
@@ -229,7 +258,7 @@ class Faults:
 
         3.1.1 cannot say so: there the message is acknowledged and forgotten.
         """
-        return self._refusal(Kind.PUBLISH, check_filter(topic_filter), reason_code, first, times, client_id)
+        return self._refusal(Kind.PUBLISH, require_filter(topic_filter), reason_code, first, times, client_id)
 
     def clear(self) -> None:
         """End all faults; held packets go out."""
@@ -240,9 +269,9 @@ class Faults:
         self._packets = [entry for entry in self._packets if entry is not rule]
         self._refusals = [entry for entry in self._refusals if entry is not rule]
 
-    def judge(self, packet: Packet, direction: Direction, client_id: str) -> tuple[Action, Rule | None]:
+    def judge(self, packet: Packet, direction: Direction, client_id: str) -> tuple[Action, PacketRule | None]:
         """What to do with a packet; every rule of its kind counts it, the first that applies decides."""
-        verdict: tuple[Action, Rule | None] = Action.PASS, None
+        verdict: tuple[Action, PacketRule | None] = Action.PASS, None
         for rule in self._packets:
             meant = rule.kind is packet.kind and rule.direction is direction and rule.applies(client_id)
             if meant and verdict[0] is Action.PASS:
@@ -284,11 +313,13 @@ class Faults:
         times: int | None,
         direction: Direction | None,
         client_id: str | None,
+        other: Packet | bytes = b"",
     ) -> Rule:
+        _check_counts(first, times)
         only = _ONE_WAY.get(kind)
         if direction is not None and only not in (None, direction):
             raise ValueError(f"direction: {kind.name} never comes {direction.value}")
-        rule = _PacketRule(
+        rule = PacketRule(
             kind=kind,
             client_id=client_id,
             first=first,
@@ -296,6 +327,7 @@ class Faults:
             faults=self,
             direction=direction or only or Direction.OUT,
             action=action,
+            other=other,
         )
         self._packets.append(rule)
         return rule
@@ -309,6 +341,7 @@ class Faults:
         times: int | None,
         client_id: str | None,
     ) -> Rule:
+        _check_counts(first, times)
         if not 0x80 <= reason_code <= 0xFF:
             raise ValueError(f"reason_code must be a refusal, 0x80 … 0xff, not 0x{reason_code:02x}")
         rule = _Refusal(
@@ -322,3 +355,10 @@ class Faults:
         )
         self._refusals.append(rule)
         return rule
+
+
+def _check_counts(first: int, times: int | None) -> None:
+    if first < 1:
+        raise ValueError(f"first must be at least 1, not {first}")
+    if times is not None and times < 1:
+        raise ValueError(f"times must be at least 1, or None for all that follow, not {times}")

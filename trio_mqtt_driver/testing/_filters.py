@@ -50,3 +50,19 @@ def matches(topic_filter: str, topic: str) -> bool:
         if index >= len(levels) or level not in ("+", levels[index]):
             return False
     return len(wanted) == len(levels)
+
+
+def require_topic(topic: str) -> str:
+    """:func:`check_topic` of an argument: ``ValueError``."""
+    try:
+        return check_topic(topic)
+    except WireError as error:
+        raise ValueError(f"topic: {error.args[0]}") from None
+
+
+def require_filter(topic_filter: str) -> str:
+    """:func:`check_filter` of an argument: ``ValueError``."""
+    try:
+        return check_filter(topic_filter)
+    except WireError as error:
+        raise ValueError(f"topic_filter: {error.args[0]}") from None

@@ -8,12 +8,15 @@ from typing import TypeVar
 
 import trio
 
+from ._access import Access
+from ._describe import describe
 from ._packets import Connect, Packet
 from ._session import Published
 
 T = TypeVar("T")
 
 _SHOWN = 20
+_SHOWN_FAULTS = 5
 
 
 class Journal:
@@ -23,17 +26,18 @@ class Journal:
         self.published: deque[Published] = deque(maxlen=size)
         self.connects: deque[Connect] = deque(maxlen=size)
         self.violations: deque[tuple[str, str]] = deque(maxlen=size)
-        self._order: deque[tuple[str, str, Packet]] = deque(maxlen=_SHOWN)
+        self.denied: deque[Access] = deque(maxlen=size)
+        self._order: deque[tuple[float, str, str, Packet]] = deque(maxlen=_SHOWN)
         self._changed: trio.Event | None = None
 
     def note_received(self, client_id: str, packet: Packet) -> None:
         self.received.append((client_id, packet))
-        self._order.append(("<-", client_id, packet))
+        self._order.append((trio.current_time(), "<-", client_id, packet))
         self.note()
 
     def note_sent(self, client_id: str, packet: Packet) -> None:
         self.sent.append((client_id, packet))
-        self._order.append(("->", client_id, packet))
+        self._order.append((trio.current_time(), "->", client_id, packet))
         self.note()
 
     def note(self) -> None:
@@ -43,7 +47,15 @@ class Journal:
             self._changed = None
 
     def clear(self) -> None:
-        for ring in (self.received, self.sent, self.published, self.connects, self.violations, self._order):
+        for ring in (
+            self.received,
+            self.sent,
+            self.published,
+            self.connects,
+            self.violations,
+            self.denied,
+            self._order,
+        ):
             ring.clear()
 
     async def wait_for(self, predicate: Callable[[], T], what: str, timeout: float) -> T:
@@ -56,16 +68,24 @@ class Journal:
                 if self._changed is None:
                     self._changed = trio.Event()
                 await self._changed.wait()
-        raise AssertionError(f"no {what} within {timeout} s; {self.tail()}")
+        raise AssertionError(f"no {what} within {timeout:g} s; {self.tail()}")
 
     def tail(self) -> str:
-        """The last packets, in words."""
+        """The last packets in words, and what went wrong before."""
         if not self._order:
             return "no packet was seen"
-        lines = [f"  {arrow} {client_id or '?'}: {_short(packet)}" for arrow, client_id, packet in self._order]
-        return "the last packets (<- from a client, -> to it):\n" + "\n".join(lines)
-
-
-def _short(packet: Packet) -> str:
-    text = repr(packet)
-    return text if len(text) <= 200 else text[:197] + "..."
+        now = trio.current_time()
+        lines = ["the last packets (seconds before now, <- from a client, -> to it):"]
+        lines += [
+            f"  {now - moment:9.3f} {arrow} {client_id or '?'}: {describe(packet)}"
+            for moment, arrow, client_id, packet in self._order
+        ]
+        lines += [
+            f"  MQTT forbids what {client_id or '?'} did: {rule}"
+            for client_id, rule in list(self.violations)[-_SHOWN_FAULTS:]
+        ]
+        lines += [
+            f"  the ACL denied {access.client_id} to {access.action} {access.topic!r}"
+            for access in list(self.denied)[-_SHOWN_FAULTS:]
+        ]
+        return "\n".join(lines)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import attrs
 import trio
 
-from ._faults import Action, Direction, Faults, Rule
+from ._faults import Action, Direction, Faults, PacketRule
 from ._packets import Connect, Packet, Publish
 from ._pipe import PipeStream, reset_stream
 from ._properties import WireError
@@ -51,6 +52,8 @@ class Link:
         self.version = 5
         self.maximum_packet_size: float = math.inf
         """The client's."""
+        self.topic_alias_maximum = 0
+        """How many Topic Aliases are used towards the client: none unless the broker is told to."""
         self.silent = False
         """Half-open: see :meth:`silence`."""
         self._stream = stream
@@ -58,6 +61,7 @@ class Link:
         self._faults = faults
         self._buffer_bytes = buffer_bytes
         self._decoder = Decoder(server=True, maximum_packet_size=maximum_packet_size)
+        self._aliases: dict[str, int] = {}
         self._out = bytearray()
         self._wake = trio.Event()
         self._drained = trio.Event()
@@ -151,6 +155,13 @@ class Link:
             self.close(reset=action is Action.RESET_AFTER)
         elif action in (Action.EOF_BEFORE, Action.RESET_BEFORE):
             self.close(reset=action is Action.RESET_BEFORE)
+        elif action in (Action.REPLACE, Action.FOLLOW) and rule is not None:
+            if action is Action.FOLLOW:
+                self._put(packet, data)
+            if isinstance(rule.other, bytes):
+                self.send_raw(rule.other)
+            else:
+                self._put(rule.other, encode(rule.other, self.version))
         return True
 
     def send_raw(self, data: bytes) -> None:
@@ -161,9 +172,31 @@ class Link:
 
     def _put(self, packet: Packet, data: bytes) -> None:
         if not self._closed and not self.silent:
+            if self.topic_alias_maximum and isinstance(packet, Publish):
+                # Not before: a packet that a fault has swallowed must not be the one that told the alias.
+                packet, data = self._aliased(packet, data)
             self._out += data
             self._wake.set()
             self._handler.sent(packet)
+
+    def _aliased(self, packet: Publish, data: bytes) -> tuple[Publish, bytes]:
+        """The packet with a Topic Alias, while there are any left: each topic keeps its own [MQTT-3.3.2.3.4]."""
+        if "topic_alias" in packet.properties:
+            return packet, data
+        alias = self._aliases.get(packet.topic)
+        new = alias is None
+        if alias is None:
+            alias = len(self._aliases) + 1
+            if alias > self.topic_alias_maximum:
+                return packet, data
+        aliased = attrs.evolve(
+            packet, topic=packet.topic if new else "", properties={**packet.properties, "topic_alias": alias}
+        )
+        short = encode(aliased, self.version)
+        if len(short) > self.maximum_packet_size:
+            return packet, data
+        self._aliases[packet.topic] = alias
+        return aliased, short
 
     async def _write(self) -> None:
         try:
@@ -199,7 +232,7 @@ class Link:
                 data = await self._stream.receive_some(65536)
                 if not self._faults.reading:
                     await self._faults.wait_reading()
-                if not data:
+                if not data or self._closed:  # closed in the tick in which the data came
                     return
                 if not self.silent:
                     self._heard = trio.current_time()
@@ -255,7 +288,7 @@ class Link:
             self._handler.violated(error)
             self.close()
 
-    def _judge(self, packet: Packet, direction: Direction) -> tuple[Action, Rule | None]:
+    def _judge(self, packet: Packet, direction: Direction) -> tuple[Action, PacketRule | None]:
         if self._faults.quiet:
             return Action.PASS, None
         return self._faults.judge(packet, direction, self.client_id)

@@ -9,8 +9,9 @@ from typing import TypeVar
 
 import trio
 
+from ._access import ACL, Access
 from ._faults import Faults
-from ._filters import check_filter, check_topic, matches
+from ._filters import matches, require_filter, require_topic, split_share
 from ._packets import Connect, Packet
 from ._pipe import open_pipe, reset_stream
 from ._properties import Properties
@@ -40,7 +41,7 @@ class MemoryBroker:
     What CONNACK can announce is announced and enforced: ``receive_maximum``, ``maximum_qos``, ``retain_available``,
     ``maximum_packet_size``, ``topic_alias_maximum``, ``wildcard_available``, ``identifiers_available``,
     ``shared_available``, ``server_keep_alive`` and ``session_expiry_maximum`` (seconds), ``response_information`` and
-    ``server_reference``.
+    ``server_reference`` (told with the reason codes 0x9C and 0x9D, in DISCONNECT too).
 
     Args:
         nursery: where the connections are served.
@@ -49,8 +50,13 @@ class MemoryBroker:
         authenticate: enhanced authentication [MQTT-4.12]: a generator function of the method and the client's first
             data; it yields challenges, is sent the client's answers, returns the final data (or None) and refuses by
             raising :class:`AuthenticationRefusedError`. Clients without a method are then refused.
+        acl: a function that is shown every :class:`Access` and says whether it is allowed; None allows all. What a
+            client may not publish, its will included, is forgotten: with QoS 1 and 2 MQTT 5 gets reason code 0x87,
+            and 3.1.1, which has none, an ordinary acknowledgement. A subscription is refused with 0x87 or 0x80.
         overlapping: ``"once"`` sends a client one copy of a message that matches several of its subscriptions,
             ``"copies"`` one for each; MQTT allows both.
+        use_topic_aliases: send Topic Aliases to clients that announce a Topic Alias Maximum. ``sent`` then shows
+            what goes over the wire: an empty topic.
         queue_limit: QoS 1 and 2 messages that wait for one client; more are dropped and counted.
         buffer_bytes: bytes that wait to be sent to one client; QoS 0 messages beyond are dropped and counted.
         history: how many packets, messages and CONNECTs are remembered.
@@ -63,6 +69,7 @@ class MemoryBroker:
         versions: Sequence[int] = (4, 5),
         users: Mapping[str, str] | None = None,
         authenticate: Authenticator | None = None,
+        acl: ACL | None = None,
         overlapping: Overlapping = "once",
         receive_maximum: int = 65535,
         maximum_qos: int = 2,
@@ -74,16 +81,20 @@ class MemoryBroker:
         shared_available: bool = True,
         server_keep_alive: int | None = None,
         session_expiry_maximum: int | None = None,
+        use_topic_aliases: bool = False,
         response_information: str | None = None,
         server_reference: str | None = None,
         queue_limit: int = 200_000,
         buffer_bytes: int = 64 * 2**20,
         history: int = 10_000,
     ) -> None:
+        if history < 1:
+            raise ValueError(f"history must be at least 1, not {history}")
         self.options: BrokerOptions = BrokerOptions(
             versions=tuple(versions),
             users=users,
             authenticate=authenticate,
+            acl=acl,
             overlapping=overlapping,
             receive_maximum=receive_maximum,
             maximum_qos=maximum_qos,
@@ -95,12 +106,13 @@ class MemoryBroker:
             shared_available=shared_available,
             server_keep_alive=server_keep_alive,
             session_expiry_maximum=session_expiry_maximum,
+            use_topic_aliases=use_topic_aliases,
             response_information=response_information,
             server_reference=server_reference,
             queue_limit=queue_limit,
             buffer_bytes=buffer_bytes,
         )
-        """May be changed while the broker runs; the next CONNECT sees it."""
+        """May be changed while the broker runs; the next CONNECT sees it, a new ``acl`` the next packet."""
         self.down: bool = False
         """While True, new connections are refused. Those that are up stay up: see :meth:`stop`."""
         self._nursery = nursery
@@ -228,7 +240,7 @@ class MemoryBroker:
         properties = properties or {}
         return self._state.publish(
             Published(
-                topic=check_topic(topic),
+                topic=require_topic(topic),
                 payload=payload.encode() if isinstance(payload, str) else payload,
                 qos=qos,
                 retain=retain,
@@ -263,6 +275,11 @@ class MemoryBroker:
     def violations(self) -> Sequence[tuple[str, str]]:
         """(client identifier, rule): what clients did that MQTT forbids."""
         return self._journal.violations
+
+    @property
+    def denied(self) -> Sequence[Access]:
+        """What clients wanted and the ACL did not allow."""
+        return self._journal.denied
 
     @property
     def dropped(self) -> int:
@@ -302,7 +319,8 @@ class MemoryBroker:
 
     async def wait_for_publish(self, topic_filter: str, *, timeout: float = _PATIENCE) -> Published:
         """Wait until a message for ``topic_filter`` has been taken, earlier ones included; returns the first."""
-        check_filter(topic_filter)
+        if split_share(require_filter(topic_filter))[0] is not None:
+            raise ValueError(f"topic_filter: {topic_filter!r} is shared, and matches no Topic Name; leave out $share")
 
         def find() -> Published | None:
             return next((entry for entry in self._journal.published if matches(topic_filter, entry.topic)), None)
@@ -313,7 +331,7 @@ class MemoryBroker:
 
     async def wait_for_subscription(self, topic_filter: str, *, timeout: float = _PATIENCE) -> str:
         """Wait until a connected client is subscribed to exactly this filter; returns its client identifier."""
-        check_filter(topic_filter)
+        require_filter(topic_filter)
 
         def find() -> str:
             for session in self._state.sessions.values():

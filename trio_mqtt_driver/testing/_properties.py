@@ -250,6 +250,9 @@ def decode_properties(cursor: Cursor, packet: int) -> Properties:
             raise WireError(f"property {entry.name} occurs twice", PROTOCOL_ERROR)
         else:
             values[entry.name] = value
+    topic = values.get("response_topic")
+    if isinstance(topic, str) and (not topic or "+" in topic or "#" in topic):
+        raise WireError(f"the Response Topic {topic!r} is not a Topic Name", PROTOCOL_ERROR)
     if users:
         values["user_properties"] = tuple(users)
     if identifiers:

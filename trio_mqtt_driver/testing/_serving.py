@@ -25,10 +25,12 @@ from ._packets import (
     Unsuback,
     Unsubscribe,
 )
-from ._properties import PROTOCOL_ERROR, Kind, PropertyValue, WireError, binary, integer, text
+from ._properties import PROTOCOL_ERROR, Kind, Properties, PropertyValue, WireError, binary, integer, text
 from ._session import NEVER, Published, Session, Subscription, expires_at
 from ._state import AuthenticationRefusedError, BrokerState
 from ._wire import CLIENT_IDENTIFIER_NOT_VALID, UNSUPPORTED_PROTOCOL_VERSION
+
+NOT_AUTHORIZED = 0x87
 
 _RETURN_CODES = {0x84: 1, 0x85: 2, 0x88: 3, 0x89: 3, 0x86: 4, 0x87: 5, 0x8A: 5, 0x8C: 5}
 """MQTT 5 reason code → return code of 3.1.1; others become 3, server unavailable."""
@@ -62,7 +64,7 @@ class ServerConnection:
     def disconnect(self, reason_code: int) -> None:
         """Send DISCONNECT, which only MQTT 5 has, and close."""
         if self.version == 5 and self._connect is not None:
-            self.link.send(Disconnect(reason_code=reason_code))
+            self.link.send(Disconnect(reason_code=reason_code, properties=self._reference(reason_code)))
         self.link.close()
 
     def close(self, *, reset: bool = False, flush: bool = True) -> None:
@@ -142,6 +144,8 @@ class ServerConnection:
         if not connect.client_id:
             self._assigned = self.link.client_id = self._state.assign_client_id()
         self.link.maximum_packet_size = integer(connect.properties, "maximum_packet_size", NEVER)
+        if options.use_topic_aliases:
+            self.link.topic_alias_maximum = integer(connect.properties, "topic_alias_maximum", 0)
         method = text(connect.properties, "authentication_method")
         if method is None:
             self._accept({})
@@ -164,17 +168,18 @@ class ServerConnection:
                 return 0x86
         if "authentication_method" in connect.properties:
             return 0x8C if options.authenticate is None else None
-        return 0x87 if options.authenticate is not None else None
+        return NOT_AUTHORIZED if options.authenticate is not None else None
 
     def _refuse(self, reason_code: int) -> None:
         if self.version == 4:
             reason_code = _RETURN_CODES.get(reason_code, 3)
-        reference = self._options.server_reference
-        properties: dict[str, PropertyValue] = {}
-        if reference is not None and reason_code in (0x9C, 0x9D):
-            properties["server_reference"] = reference
-        self.send(Connack(reason_code=reason_code, properties=properties))
+        self.send(Connack(reason_code=reason_code, properties=self._reference(reason_code)))
         self.link.close()
+
+    def _reference(self, reason_code: int) -> Properties:
+        """Where else to go, with the reason codes that say so [MQTT-4.11]."""
+        reference = self._options.server_reference
+        return {} if reference is None or reason_code not in (0x9C, 0x9D) else {"server_reference": reference}
 
     def _accept(self, extra: dict[str, PropertyValue]) -> None:
         connect = self._connect
@@ -282,7 +287,9 @@ class ServerConnection:
             self.send(Ack(kind=Kind.PUBREC, packet_id=packet.packet_id))
             return
         code = refusal or 0
-        if refusal is None:
+        if not code and not self._state.allows(session.access("publish", topic)):
+            code = NOT_AUTHORIZED
+        if not code:
             message = Published(
                 topic=topic,
                 payload=packet.payload,
@@ -333,7 +340,7 @@ class ServerConnection:
         codes: list[int] = []
         granted: list[tuple[Subscription, bool]] = []
         for request in packet.requests:
-            code = self._subscribe_error(request, packet)
+            code = self._subscribe_error(request, packet, session)
             if code is not None:
                 codes.append(code if self.version == 5 else 0x80)
                 continue
@@ -352,7 +359,7 @@ class ServerConnection:
                 self._state.router.send_retained(session, subscription)
         self._state.journal.note()
 
-    def _subscribe_error(self, request: SubscriptionRequest, packet: Subscribe) -> int | None:
+    def _subscribe_error(self, request: SubscriptionRequest, packet: Subscribe, session: Session) -> int | None:
         options = self._options
         refusal = self._state.faults.subscribe_refusal(request.topic_filter, self.client_id)
         if refusal is not None:
@@ -364,6 +371,8 @@ class ServerConnection:
             return 0xA2
         if "subscription_identifiers" in packet.properties and not options.identifiers_available:
             return 0xA1
+        if not self._state.allows(session.access("subscribe", plain)):
+            return NOT_AUTHORIZED
         return None
 
     def _on_unsubscribe(self, packet: Unsubscribe, session: Session) -> None:

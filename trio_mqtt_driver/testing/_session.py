@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import attrs
 import trio
 
+from ._access import Access
 from ._packets import Ack, Packet, Publish, SubscriptionRequest, Will
 from ._properties import Kind, Properties, PropertyValue, integer
 
@@ -103,6 +104,8 @@ class Session:
     client_id: str
     queue_limit: int
     on_drop: Callable[[], None] = attrs.field(repr=False)
+    username: str | None = None
+    """Of the last CONNECT."""
     expiry: int = 0
     will: Will | None = None
     """Set while a connection with a will is up, or lost and the Will Delay Interval still runs."""
@@ -133,6 +136,10 @@ class Session:
     def in_flight(self) -> int:
         """QoS 1 and 2 messages for the client that were sent and not yet acknowledged in full."""
         return len(self._flight)
+
+    def access(self, action: Literal["publish", "subscribe"], topic: str) -> Access:
+        """What an ACL is asked when this client wants to do something."""
+        return Access(action=action, topic=topic, client_id=self.client_id, username=self.username)
 
     def attach(self, outlet: Outlet, receive_maximum: int) -> None:
         """Use this connection, which has just answered CONNACK: what is in flight goes out again, then the queue."""

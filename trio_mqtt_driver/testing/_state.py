@@ -9,6 +9,7 @@ from typing import Protocol, TypeAlias
 import attrs
 import trio
 
+from ._access import ACL, Access
 from ._faults import Faults
 from ._journal import Journal
 from ._packets import Connect, Packet
@@ -47,6 +48,7 @@ class BrokerOptions:
     versions: tuple[int, ...] = attrs.field(default=(4, 5), validator=_check_versions)
     users: Mapping[str, str] | None = attrs.field(default=None, repr=False)
     authenticate: Authenticator | None = None
+    acl: ACL | None = None
     overlapping: Overlapping = attrs.field(default="once", validator=attrs.validators.in_(("once", "copies")))
     receive_maximum: int = attrs.field(default=65535, validator=_within(1, 65535))
     maximum_qos: int = attrs.field(default=2, validator=_within(0, 2))
@@ -58,6 +60,7 @@ class BrokerOptions:
     shared_available: bool = True
     server_keep_alive: int | None = attrs.field(default=None, validator=_within(0, 65535))
     session_expiry_maximum: int | None = attrs.field(default=None, validator=_within(0, NEVER))
+    use_topic_aliases: bool = False
     response_information: str | None = None
     server_reference: str | None = None
     queue_limit: int = attrs.field(default=200_000, validator=_within(1, 10**9))
@@ -98,6 +101,15 @@ class BrokerState:
         self.journal.note()
         return self.router.route(message, self.options.overlapping)
 
+    def allows(self, access: Access) -> bool:
+        """Whether the ACL, as it is now, lets a client do this; what it does not is written down."""
+        acl = self.options.acl
+        if acl is None or acl(access):
+            return True
+        self.journal.denied.append(access)
+        self.journal.note()
+        return False
+
     # -- sessions --
 
     def assign_client_id(self) -> str:
@@ -121,6 +133,7 @@ class BrokerState:
         if session.timers is not None:
             session.timers.cancel(reason="the client is back")
             session.timers = None
+        session.username = connect.username
         session.will = connect.will
         session.expiry = self._expiry(connect)
         self.connections[client_id] = connection
@@ -193,7 +206,7 @@ class BrokerState:
 
     def _publish_will(self, session: Session) -> None:
         will, session.will = session.will, None
-        if will is not None:
+        if will is not None and self.allows(session.access("publish", will.topic)):
             self.publish(
                 Published(
                     topic=will.topic,
