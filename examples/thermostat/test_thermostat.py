@@ -1,6 +1,6 @@
 """The thermostat on its worst days: pytest examples/thermostat
 
-All fixtures but two are trio-mqtt-driver's own; ``nursery`` is pytest-trio's, ``heated`` is the application under test.
+``nursery`` is a fixture of pytest-trio, ``heated`` is the application under test, all others are trio-mqtt-driver's.
 With ``trio_mode = true`` in pytest's configuration the tests need no mark.
 """
 
