@@ -100,7 +100,7 @@ class StateView(Generic[T]):
         if max_topics < 1:
             raise ValueError(f"max_topics is {max_topics!r}, allowed is an int >= 1")
         self.topic_filter = topic_filter
-        self.ignored = 0
+        self.ignored: int = 0
         """Messages of new topics that came when there were ``max_topics``."""
         self._driver = driver
         self._message_class = message_class

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from ._broker_errors import BrokerNotInstalledError
 from ._broker_process import BrokerProcess, TLSFiles
@@ -33,7 +34,7 @@ class EmbeddedBroker(BrokerProcess):
     """
 
     name = "nats-server"
-    versions = (4,)
+    versions: ClassVar[tuple[int, ...]] = (4,)
 
     def _find(self) -> list[str]:
         program = _which("nats-server", sysconfig.get_path("scripts"), str(Path(sys.executable).parent))

@@ -8,6 +8,7 @@ import site
 import ssl
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from ._broker_errors import BrokerFailedError, BrokerNotInstalledError
 from ._broker_process import BrokerProcess
@@ -55,7 +56,7 @@ class Iotcore(BrokerProcess):
     """
 
     name = "iotcore"
-    versions = (5,)
+    versions: ClassVar[tuple[int, ...]] = (5,)
     keeps_sessions = False
     shares = True
     checks_client_certs = False
