@@ -70,6 +70,7 @@ async def warm_up(driver: MQTTDriver, broker: MemoryBroker) -> None:
     broker.forget()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed, versions", [(0, (4, 5)), (1, (4,))], ids=["5", "3.1.1"])
 async def test_a_day_with_five_outages(
     autojump_clock: MockClock,

@@ -55,6 +55,7 @@ class Application:
             await self._driver.publish(f"a/{number}", bytes(100), qos=number % 3)
 
 
+@pytest.mark.long
 async def test_a_thousand_reconnects_in_virtual_time(
     autojump_clock: trio.testing.MockClock, tracing: None, nursery: trio.Nursery
 ) -> None:
