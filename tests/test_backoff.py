@@ -187,6 +187,53 @@ def test_triggers_keep_their_distance_even_between_stable_connections() -> None:
     assert it.lost(115, lived=2) == Delay(0.0)
 
 
+def test_a_session_that_was_taken_over_is_a_failure_however_long_it_lived() -> None:
+    it = backoff()
+    assert it.lost(1000, lived=1e6, taken_over=True) == Delay(1.0)
+    assert it.failures == 1
+
+
+def test_after_a_takeover_a_connection_must_outlive_two_pauses_to_be_stable() -> None:
+    it = backoff(pause=40)
+    assert it.stable_after == 30
+    it.lost(0, lived=100, taken_over=True)
+    assert it.stable_after == 80
+    it.lost(100, lived=79)
+    assert it.failures == 2
+    assert it.stable_after == 80
+    it.lost(200, lived=80)
+    assert it.failures == 0
+    assert it.stable_after == 30
+
+
+@pytest.mark.parametrize("forget", [Backoff.stable, Backoff.reset])
+def test_a_takeover_is_forgotten_with_the_failures(forget: Callable[[Backoff], None]) -> None:
+    it = backoff()
+    it.lost(0, lived=100, taken_over=True)
+    forget(it)
+    assert it.stable_after == 30
+
+
+def test_a_longer_stable_after_is_kept() -> None:
+    it = backoff(stable_after=300)
+    it.lost(0, lived=1000, taken_over=True)
+    assert it.stable_after == 300
+
+
+def test_two_clients_with_one_id_come_down_to_one_attempt_per_pause() -> None:
+    """Each is taken over when the other's wait is over, and alone until its own is over."""
+    sides = [backoff(random.Random(seed)) for seed in (1, 2)]
+    live, since, now, attempts = 0, 0.0, 0.0, 0
+    for _ in range(1000):
+        live = 1 - live
+        delay = sides[1 - live].lost(now, now - since, taken_over=True)
+        since = now
+        attempts += 1
+        now += delay.seconds
+    assert attempts - 12 <= now / 30 + 1
+    assert all(side.failures >= 8 for side in sides)
+
+
 @given(
     seed=st.integers(),
     lives=st.lists(st.floats(0, 100), min_size=2, max_size=30),

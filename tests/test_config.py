@@ -39,6 +39,7 @@ SECONDS_FIELDS = (
 )
 NUMBERS = {
     "keep_alive": (0, 65535),
+    "session_expiry": (1, 4_294_967_295),
     "receive_maximum": (1, 65535),
     "maximum_packet_size": (1024, 268_435_455),
     "topic_alias_maximum": (0, 65535),
@@ -55,7 +56,12 @@ CHOICES = {
     "probe": ("publish", "echo", "ping"),
     "on_handler_error": ("log", "raise"),
 }
-BOOLEANS = ("request_response_information", "request_problem_information", "subscription_identifiers")
+BOOLEANS = (
+    "request_response_information",
+    "request_problem_information",
+    "subscription_identifiers",
+    "stable_id",
+)
 CALLABLES = ("client_id_factory", "authenticator", "options_factory", "open_stream", "wall_clock")
 TEXTS = ("client_id", "username", "probe_topic")
 
@@ -156,6 +162,7 @@ def test_every_field_is_validated_somewhere() -> None:
     """A field that is new is entered above, so that its bad values are tested."""
     known = {*SECONDS_FIELDS, *NUMBERS, *CHOICES, *BOOLEANS, *CALLABLES, *TEXTS}
     known |= {"endpoint", "backoff", "tls", "will", "password", "retry_refusals", "connect_user_properties"}
+    known |= {"fallbacks", "failover", "availability"}
     assert {field.name for field in attrs.fields(DriverConfig)} == known
 
 

@@ -21,7 +21,7 @@ import pytest
 import trio
 
 from tests.test_layers import LAYERS
-from trio_mqtt_driver import BackoffConfig, DriverConfig, MQTTDriver
+from trio_mqtt_driver import BackoffConfig, ConnectionLostError, DriverConfig, MQTTDriver, TLSError
 from trio_mqtt_driver._states import TRANSITIONS
 from trio_mqtt_driver.testing import MemoryBroker
 
@@ -109,6 +109,12 @@ def test_the_table_of_states_is_the_state_machine() -> None:
     for name, _, following in table("reconnection.md", "state"):
         found |= {(name, after) for after in following.split(", ") if after != "none"}
     assert found == transitions()
+
+
+def test_the_table_of_triggers_names_every_error_of_a_lost_link() -> None:
+    named = {name for row in table("reconnection.md", "what happened") for name in re.findall(r"\w+Error", row[2])}
+    kinds: list[type[Exception]] = [ConnectionLostError, *ConnectionLostError.__subclasses__(), TLSError]
+    assert named == {kind.__name__ for kind in kinds}
 
 
 def test_the_table_of_modules_is_that_of_the_layers() -> None:

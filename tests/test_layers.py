@@ -23,15 +23,18 @@ def names(text: str) -> frozenset[str]:
 
 LAYERS = (
     names("_errors _types _topics"),
-    names("_config _validators _properties _url _tls _client_id _backoff _codecs _edges _history _states _status"),
+    names(
+        "_config _validators _properties _url _tls _client_id _backoff _endpoints _codecs _callbacks _edges _history"
+        " _events _states _status"
+    ),
     names("_packets _paho _transport"),
     names(
         "_connection _handshake _probe _replay _replies _inflight _limits _registry _outbox _inbox _writer _deadlines"
-        " _copies"
+        " _copies _session _sender _attempts _versions"
     ),
-    names("_dispatch _subscription _arguments"),
+    names("_dispatch _subscription _arguments _failover _availability _dialer"),
     names("_supervisor"),
-    names("_lifespan _driver"),
+    names("_lifespan _publisher _driver"),
     names("_state_view"),
     names("__init__ __main__ _cli"),
 )
@@ -45,7 +48,8 @@ STRANGERS = {
 }
 # Modules that are functions of their arguments: no clock, no tasks.
 WITHOUT_TRIO = names(
-    "_topics _types _properties _url _client_id _backoff _codecs _edges _history _status _packets",
+    "_topics _types _properties _url _client_id _backoff _endpoints _codecs _callbacks _edges _history _status"
+    " _packets",
 )
 PAHO = names("paho trio_paho_mqtt")
 MOST_LINES = 500

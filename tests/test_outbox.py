@@ -238,7 +238,7 @@ async def test_closing_settles_what_waits() -> None:
     for message in messages:
         box.accept(message)
     messages[0].settle(RESULT)
-    assert box.close(lambda message: MessageLostError(f"{message.topic} is lost")) == 2
+    box.close(lambda message: MessageLostError(f"{message.topic} is lost"))
     assert box.accepted == 0
     assert (await messages[0].wait()) is RESULT
     for topic, message in zip("bc", messages[1:], strict=True):

@@ -37,7 +37,7 @@ class Paho:
     """A paho client that is connected to a pipe."""
 
     def __init__(self, version: int) -> None:
-        self.client = _make_client("oracle", version)
+        self.client = _make_client("oracle", version, True)
         self.pipe = self.client.pipe = _Pipe()
         self.next_packet_id = 1
         self.client.next_packet_id = lambda: self.next_packet_id

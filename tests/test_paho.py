@@ -41,12 +41,15 @@ async def _no_loop() -> None:
 
 
 @asynccontextmanager
-async def control_packets(version: int, client_id: str = "me") -> AsyncGenerator[ControlPackets, None]:
+async def control_packets(
+    version: int, client_id: str = "me", *, clean_start: bool = True
+) -> AsyncGenerator[ControlPackets, None]:
     async with trio.open_nursery() as nursery:
         yield ControlPackets(
             nursery,
             client_id=client_id,
             version=version,
+            clean_start=clean_start,
             next_packet_id=PacketIds().allocate,
             loops=(_no_loop, _no_loop, _no_loop),
         )
@@ -212,7 +215,25 @@ async def test_packet_identifiers_are_ours(version: int) -> None:
 @both_versions
 async def test_disconnect_is_one_packet_without_a_reason(version: int) -> None:
     async with connected(version) as control:
-        assert decoded(control.disconnect_packet(), version=version) == [Disconnect()]
+        assert decoded(control.disconnect_packet(end_session=False), version=version) == [Disconnect()]
+
+
+@both_versions
+async def test_disconnect_may_end_the_session_with_mqtt_5(version: int) -> None:
+    expected = Disconnect(properties={"session_expiry": 0}) if version == 5 else Disconnect()
+    async with connected(version) as control:
+        assert decoded(control.disconnect_packet(end_session=True), version=version) == [expected]
+
+
+@both_versions
+async def test_a_session_that_is_to_last_is_asked_for(version: int) -> None:
+    config = DriverConfig(endpoint=Endpoint(host="h", port=1), stable_id=True, session_expiry=77)
+    for clean_start in (True, False):
+        async with control_packets(version, clean_start=clean_start) as control:
+            (packet,) = decoded(control.connect_packet(config, None))
+            assert isinstance(packet, Connect)
+            assert packet.clean_start is clean_start
+            assert packet.properties.get("session_expiry") == (77 if version == 5 else None)
 
 
 @pytest.mark.parametrize("data", [None, b"", b"proof" * 100])

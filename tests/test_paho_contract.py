@@ -30,7 +30,7 @@ def connected(version: int) -> tuple[_Client, _Pipe]:
 
 def new(version: int) -> _Client:
     """A client that has written its CONNECT."""
-    client = _make_client("contract", version)
+    client = _make_client("contract", version, True)
     client.pipe = _Pipe()
     client.next_packet_id = lambda: 77
     client.connect("memory", 1883, 30)
@@ -55,7 +55,7 @@ class Calls:
 @both_versions
 def test_the_socket_comes_from_our_hook_and_nothing_else_is_opened(version: int) -> None:
     assert callable(getattr(mqtt.Client, "_create_socket_connection", None))
-    client = _make_client("contract", version)
+    client = _make_client("contract", version, True)
     client.pipe = _Pipe()
     client.next_packet_id = lambda: 1
     assert client.connect("no.such.host.invalid", 1883, 30) == mqtt.MQTT_ERR_SUCCESS
@@ -177,7 +177,7 @@ def test_there_is_no_limit_to_an_incoming_packet(version: int) -> None:
 @pytest.mark.parametrize("client_id, code", [("contract", 1), ("", 2)])
 def test_a_refusal_that_3_1_1_knows_is_answered_by_paho_as_it_pleases(client_id: str, code: int) -> None:
     """By a new connection, or by closing the one that there is: hence a refusal is never shown to it."""
-    client = _make_client(client_id, 4)
+    client = _make_client(client_id, 4, True)
     first = client.pipe = _Pipe()
     client.next_packet_id = lambda: 1
     client.connect("memory", 1883, 30)

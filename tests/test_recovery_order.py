@@ -152,7 +152,7 @@ async def test_nothing_of_the_old_client_is_used_again(broker: MemoryBroker, aut
         assert new._control is not old._control
         assert new._control._client is not old._control._client
         assert new._reader is not old._reader
-        assert new._ids is not old._ids
+        assert new.session is not old.session
 
 
 async def test_the_old_stream_is_closed_before_the_new_one_is_opened(

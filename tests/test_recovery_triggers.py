@@ -15,7 +15,6 @@ from trio.testing import MockClock
 from tests.dialing import Dialer
 from tests.peers import memory_config
 from trio_mqtt_driver import (
-    AckTimeoutError,
     BackoffConfig,
     ConnectionLostError,
     DriverConfig,
@@ -222,9 +221,11 @@ async def test_a_half_open_link_is_found_by_a_publish_and_the_message_arrives_on
         broker.silence()
         start = trio.current_time()
         result = await driver.publish("out", b"precious", qos=qos)
-        assert trio.current_time() == start + 5
-        assert (result.generation, result.attempts, result.latency) == (2, 2, 5)
-        check_named(driver, caplog, "AckTimeoutError: no acknowledgement within ack_timeout=5 s")
+        assert trio.current_time() == start + 10
+        assert (result.generation, result.attempts, result.latency) == (2, 2, 10)
+        check_named(
+            driver, caplog, "AckTimeoutError: no acknowledgement within ack_timeout=5 s and no answer to PINGREQ"
+        )
         assert [message.payload for message in broker.published if message.topic == "out"] == [b"precious"]
         await check_recovery(driver, broker)
 
@@ -241,7 +242,49 @@ async def test_an_overdue_acknowledgement_ends_a_link_that_otherwise_works(
         result = await driver.publish("out", b"precious", qos=qos)
         assert trio.current_time() == start + 3
         assert (result.generation, result.attempts) == (2, 2)
-        check_named(driver, caplog, AckTimeoutError.__name__)
+        check_named(
+            driver,
+            caplog,
+            "AckTimeoutError: no acknowledgement within ack_timeout=3 s, although the broker answers PINGREQ",
+        )
+        await check_recovery(driver, broker)
+
+
+@pytest.mark.parametrize("qos, kind", [(1, Kind.PUBACK), (2, Kind.PUBREC), (2, Kind.PUBCOMP)])
+async def test_an_acknowledgement_that_is_late_ends_no_link_if_it_is_there_before_the_pong(
+    broker: MemoryBroker, qos: int, kind: Kind, autojump_clock: MockClock
+) -> None:
+    """The network stood still: what went out before the PINGREQ is answered before it."""
+    async with MQTTDriver(config_for(broker)) as driver, trio.open_nursery() as nursery:
+        await trio.sleep(100)
+        broker.forget()
+        acknowledgement, pong = broker.faults.hold(kind), broker.faults.hold(Kind.PINGRESP)
+        nursery.start_soon(partial(driver.publish, "out", b"late", qos=qos))
+        await trio.sleep(9.9)
+        assert [packet.kind for _, packet in broker.received].count(Kind.PINGREQ) == 1
+        acknowledgement.remove()
+        pong.remove()
+        await trio.sleep(100)
+        assert driver.generation == 1
+        assert driver.status().last_error is None
+
+
+async def test_a_broker_that_sends_a_lot_and_acknowledges_nothing_is_given_up(
+    broker: MemoryBroker, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    async with MQTTDriver(config_for(broker)) as driver, trio.open_nursery() as nursery:
+        await driver.subscribe("in", lambda _: None)
+        await trio.sleep(100)
+        rules = [broker.faults.drop(kind) for kind in (Kind.PUBACK, Kind.PINGRESP)]
+        start = trio.current_time()
+        nursery.start_soon(partial(driver.publish, "out", b"precious", qos=1))
+        while driver.generation == 1 and driver.state is State.LIVE:
+            await trio.sleep(0.5)
+            broker.publish("in", b"x")
+        for rule in rules:
+            rule.remove()
+        assert [event.at for event in driver.status().history if event.error is not None] == [start + 5 + 15]
+        check_named(driver, caplog, "and no answer to PINGREQ, although other packets arrive")
         await check_recovery(driver, broker)
 
 

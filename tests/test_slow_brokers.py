@@ -8,8 +8,9 @@ import pytest
 import trio
 import trio.testing
 
+from tests.dialing import TracedStream
 from tests.peers import memory_config
-from trio_mqtt_driver import MQTTDriver, PublishResult
+from trio_mqtt_driver import Endpoint, MQTTDriver, PublishResult
 from trio_mqtt_driver.testing import Ack, Kind, MemoryBroker, Publish, encode
 
 WINDOW = 100
@@ -48,6 +49,15 @@ class Slowly:
                     self._broker.send(client_id() or "", encode(Ack(kind=kind, packet_id=packet_id), 5))
                     await trio.lowlevel.checkpoint()
                 self.acknowledged += 1
+
+
+class Narrow(TracedStream):
+    """A link that carries 100 bytes each second towards us."""
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        data = await super().receive_some(min(100, max_bytes or 100))
+        await trio.sleep(len(data) / 100)
+        return data
 
 
 @pytest.mark.parametrize("qos", [1, 2])
@@ -104,3 +114,17 @@ async def test_one_message_that_is_never_acknowledged_is_found_though_later_ones
             driver.publish_nowait("out", b"later", qos=1)
         assert (await lost.wait()).attempts == 2
         assert "AckTimeoutError" in str(driver.status().last_error)
+
+
+async def test_an_acknowledgement_behind_a_large_message_on_a_slow_link_is_waited_for(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    async def dial(_endpoint: Endpoint) -> trio.abc.Stream:
+        return Narrow(await broker.connect_stream(), lambda: None)
+
+    async with MQTTDriver(memory_config(broker, open_stream=dial, ack_timeout=5, ping_timeout=6)) as driver:
+        await driver.subscribe("in", lambda _: None)
+        broker.publish("in", bytes(6000))
+        result = await driver.publish("out", b"x", qos=1)
+        assert result.latency > 59
+        assert (result.generation, result.attempts) == (1, 1)

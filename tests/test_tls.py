@@ -48,6 +48,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"server_hostname": "a\0b"}, "server_hostname contains U+0000"),
         ({"check_hostname": None}, "check_hostname must be bool, not NoneType"),
         ({"verify": 0}, "verify must be bool, not int"),
+        ({"wrong_host": "warn"}, "wrong_host is 'warn', allowed are 'retry', 'stop'"),
+        ({"wrong_host": True}, "wrong_host is True, allowed are 'retry', 'stop'"),
         ({"minimum_version": "1.2"}, "minimum_version must be TLSVersion, not str"),
         ({"alpn_protocols": "mqtt"}, "alpn_protocols must be tuple, not str"),
     ],

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import trio
@@ -247,16 +247,36 @@ async def test_a_foreign_authority_is_a_tls_error(authority: Authority) -> None:
 
 async def test_a_wrong_host_name_is_a_tls_error_and_may_be_set_right(authority: Authority) -> None:
     async with serving(authority.server("broker.example")) as port:
-        tls = TLSConfig(ca_file=authority.file)
-        error = await failure(config(port, scheme="mqtts", tls=tls))
-        assert isinstance(error, TLSError)
-        assert "127.0.0.1" in str(error)
         for tls in (
             TLSConfig(ca_file=authority.file, server_hostname="broker.example"),
             TLSConfig(ca_file=authority.file, check_hostname=False),
             TLSConfig(verify=False, check_hostname=False),
         ):
             assert await answered(config(port, scheme="mqtts", tls=tls)) == b"ping"
+
+
+@pytest.mark.parametrize(
+    "asked, mismatch",
+    [
+        (None, "IP address mismatch, certificate is not valid for '127.0.0.1'"),
+        ("other.example", "Hostname mismatch, certificate is not valid for 'other.example'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "decision, other", [("retry", 'wrong_host="stop" would end the driver'), ("stop", 'wrong_host="retry" would try')]
+)
+async def test_a_wrong_host_name_is_said_plainly_and_terminal_if_so_decided(
+    authority: Authority, asked: str | None, mismatch: str, decision: Literal["retry", "stop"], other: str
+) -> None:
+    tls = TLSConfig(ca_file=authority.file, server_hostname=asked, wrong_host=decision)
+    async with serving(authority.server("broker.example")) as port:
+        error = await failure(config(port, scheme="mqtts", tls=tls))
+    assert isinstance(error, TLSError)
+    assert str(error).startswith(
+        f"TLS handshake with mqtts://127.0.0.1:{port}: certificate verify failed: {mismatch}; "
+        f"set server_hostname to a name that the certificate has ({other}"
+    )
+    assert error.terminal is (decision == "stop")
 
 
 async def test_an_expired_certificate_is_a_tls_error(authority: Authority) -> None:

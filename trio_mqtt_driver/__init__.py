@@ -5,11 +5,13 @@ from ._backoff import BackoffConfig as BackoffConfig
 from ._config import (
     Attempt as Attempt,
     Authenticator as Authenticator,
+    Availability as Availability,
     DriverConfig as DriverConfig,
     Endpoint as Endpoint,
     Will as Will,
 )
 from ._driver import MQTTDriver as MQTTDriver
+from ._endpoints import EndpointHealth as EndpointHealth, FailoverConfig as FailoverConfig
 from ._errors import (
     AckTimeoutError as AckTimeoutError,
     ConnectError as ConnectError,
@@ -34,12 +36,14 @@ from ._errors import (
     ServerLimitError as ServerLimitError,
     StaleDataError as StaleDataError,
     SubscribeError as SubscribeError,
+    SuspendedError as SuspendedError,
     TLSError as TLSError,
     TransportError as TransportError,
     UnsubscribeError as UnsubscribeError,
 )
+from ._events import EventStream as EventStream
 from ._history import Event as Event
-from ._outbox import Receipt as Receipt
+from ._outbox import Receipt as Receipt, Undelivered as Undelivered
 from ._registry import SubscriptionOptions as SubscriptionOptions
 from ._state_view import StateView as StateView
 from ._status import Status as Status

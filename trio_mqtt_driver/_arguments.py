@@ -1,4 +1,4 @@
-"""What ``publish()`` and ``subscribe()`` take as keywords, and the checks that they have in common."""
+"""What the driver's methods take: their keywords, the checks of them, and what is made of them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any, TypedDict
 
 import trio
 
-from ._codecs import encode_payload
+from ._codecs import decoder, encode_payload
+from ._config import DriverConfig
+from ._dispatch import Dispatcher
+from ._history import Counters
 from ._outbox import Outgoing
 from ._properties import encode_publish_properties
-from ._subscription import DeadLetterHandler
-from ._topics import check_topic
+from ._registry import SubscriptionOptions
+from ._subscription import DeadLetterHandler, Handler, Subscription
+from ._topics import check_filter, check_topic, split_share
 from ._types import (
     NO_PROPERTIES,
     OfflinePolicy,
@@ -19,6 +23,7 @@ from ._types import (
     PayloadFormat,
     PublishProperties,
     RetainHandling,
+    State,
     UserProperties,
 )
 
@@ -59,6 +64,17 @@ class SubscribeArguments(TypedDict, total=False):
     on_dead_letter: DeadLetterHandler | None
 
 
+def make_config(config: DriverConfig | str, options: dict[str, Any]) -> DriverConfig:
+    """The config that a driver is made with: as it is, or of a URL. Raises ``ValueError`` or ``TypeError``."""
+    if isinstance(config, str):
+        return DriverConfig.from_url(config, **options)
+    if not isinstance(config, DriverConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"config must be a DriverConfig or a URL, not {type(config).__name__}")
+    if options:
+        raise TypeError(f"{', '.join(options)}: give options to the DriverConfig, or a URL with options")
+    return config
+
+
 def make_outgoing(topic: str, payload: object, qos: int, retain: bool, properties: PublishArguments) -> Outgoing:
     """The message that a call of ``publish()`` asks for. Raises ``ValueError`` or ``TypeError``."""
     if isinstance(qos, bool) or qos not in (0, 1, 2):
@@ -77,6 +93,44 @@ def make_outgoing(topic: str, payload: object, qos: int, retain: bool, propertie
     return Outgoing(topic, raw_topic, raw_payload, int(qos), retain, block, trio.current_time())
 
 
+def make_subscription(
+    topic_filter: str,
+    handler: Handler[Any] | None,
+    message_class: Any,
+    given: SubscribeArguments,
+    config: DriverConfig,
+    dispatcher: Dispatcher,
+    counters: Counters,
+) -> tuple[Subscription[Any], SubscriptionOptions]:
+    """What a call of ``subscribe()`` asks for, and how the broker is asked. Raises ``ValueError`` or ``TypeError``."""
+    check_filter(topic_filter)
+    check_names("subscribe", given, SubscribeArguments)
+    arguments: dict[str, Any] = dict(given)
+    overflow = Overflow(arguments.pop("overflow", Overflow.DROP_OLDEST))
+    queue_messages = arguments.pop("queue_messages", None)
+    # The config's own rule is the rule here.
+    bound = config if queue_messages is None else config.evolve(queue_messages=queue_messages)
+    on_dead_letter = arguments.pop("on_dead_letter", None)
+    if on_dead_letter is not None and not callable(on_dead_letter):
+        raise TypeError(f"on_dead_letter must be callable, not {type(on_dead_letter).__name__}")
+    subscription: Subscription[Any] = Subscription(
+        topic_filter,
+        decode=decoder(message_class),
+        typed=message_class is not bytes and message_class is not None,
+        handler=handler,
+        on_dead_letter=on_dead_letter,
+        overflow=overflow,
+        queue_messages=bound.queue_messages,
+        counters=counters,
+        changed=dispatcher.changed,
+        failed=dispatcher.failed,
+    )
+    options = SubscriptionOptions(**arguments)
+    if options.no_local and split_share(topic_filter)[0] is not None:
+        raise ValueError(f"no_local is True, which a shared subscription may not be: {topic_filter!r} [MQTT-3.8.3-4]")
+    return subscription, options
+
+
 def check_names(call: str, given: Mapping[str, Any], known: type) -> None:
     """``TypeError`` for a keyword that is none of ``known``, as for any other call."""
     for name in given:
@@ -90,6 +144,16 @@ def offline_policy(value: OfflinePolicy | str) -> OfflinePolicy:
         return OfflinePolicy(value)
     except ValueError:
         raise ValueError(f"offline is {value!r}, allowed are 'wait', 'fail'") from None
+
+
+def check_states(states: tuple[State, ...]) -> frozenset[State]:
+    """The states as a set; ``TypeError`` if there is none, or one that is no state."""
+    if not states:
+        raise TypeError("wait_state needs at least one State")
+    for state in states:
+        if not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"states: must be of {State}, not {state!r}")
+    return frozenset(states)
 
 
 def _frozen(properties: PublishArguments) -> dict[str, Any]:

@@ -11,32 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from ._validators import count, number
+
 if TYPE_CHECKING:
     import random
 
 _FLOOR: Final = 0.1
 """The least delay as a share of the greatest. Full jitter goes down to 0, so a run of low draws would hammer a broker
 that is down; a tenth costs next to nothing in how well many clients spread out."""
-
-
-def _number(minimum: float, *, above: bool = False) -> Any:
-    """An attrs validator: a finite number, at least (or, with ``above``, greater than) ``minimum``."""
-    wanted = f"a finite number {'>' if above else '>='} {minimum:g}"
-
-    def check(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{attribute.name}: must be {wanted}, got {value!r}")
-        if not math.isfinite(value) or value < minimum or (above and value == minimum):
-            raise ValueError(f"{attribute.name}: must be {wanted}, got {value!r}")
-
-    return check
-
-
-def _count(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{attribute.name}: must be an int >= 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{attribute.name}: must be an int >= 1, got {value!r}")
 
 
 def _not_below_start(instance: BackoffConfig, attribute: attrs.Attribute[Any], value: float) -> None:
@@ -48,19 +30,19 @@ def _not_below_start(instance: BackoffConfig, attribute: attrs.Attribute[Any], v
 class BackoffConfig:
     """When the driver tries to reconnect. Times are in seconds."""
 
-    start: float = attrs.field(default=1.0, validator=_number(0, above=True))
+    start: float = attrs.field(default=1.0, validator=number(0, above=True))
     """The greatest delay after the first failure."""
-    factor: float = attrs.field(default=2.0, validator=_number(1))
+    factor: float = attrs.field(default=2.0, validator=number(1))
     """By what the greatest delay grows with each further failure."""
-    maximum: float = attrs.field(default=30.0, validator=[_number(0, above=True), _not_below_start])
+    maximum: float = attrs.field(default=30.0, validator=[number(0, above=True), _not_below_start])
     """Where it stops growing."""
-    min_interval: float = attrs.field(default=5.0, validator=_number(0))
+    min_interval: float = attrs.field(default=5.0, validator=number(0))
     """The least time between two reconnection triggers, however fast the link flaps."""
-    stable_after: float = attrs.field(default=30.0, validator=_number(0))
+    stable_after: float = attrs.field(default=30.0, validator=number(0))
     """A connection that ends sooner counts as a failure; one that lives this long clears the failures."""
-    pause_after: int = attrs.field(default=8, validator=_count)
+    pause_after: int = attrs.field(default=8, validator=count)
     """So many failures open the circuit breaker."""
-    pause: float = attrs.field(default=30.0, validator=_number(0, above=True))
+    pause: float = attrs.field(default=30.0, validator=number(0, above=True))
     """The breaker's cool-down: then one trial, and if it fails, the same again."""
 
 
@@ -80,26 +62,41 @@ class Backoff:
         self._rng = rng
         self._failures = 0
         self._free_retry = False
+        self._contested = False
         self._last_trigger = -math.inf
+
+    @property
+    def stable_after(self) -> float:
+        """How long a connection must live to clear the failures.
+
+        Longer than a pause after the session was taken over: of two clients with one client ID each is alone
+        while the other pauses, so both would be forgiven again and again, and fight for ever.
+        """
+        config = self._config
+        return max(config.stable_after, 2 * config.pause) if self._contested else config.stable_after
 
     @property
     def failures(self) -> int:
         """Failed attempts and short-lived connections since the last stable connection or `reset`."""
         return self._failures
 
-    def lost(self, now: float, lived: float) -> Delay:
+    def lost(self, now: float, lived: float, *, taken_over: bool = False) -> Delay:
         """A connection was lost that had been live for ``lived`` seconds.
 
         After a stable connection the delay is 0. A connection that lived less than ``stable_after`` is a failure,
         with its delay or pause: else a broker that accepts and then drops us would be hammered for ever. In both
         cases ``min_interval`` since the previous trigger is kept.
+
+        :param taken_over: another client has connected with our client ID. That is a failure however long the
+            connection lived, and makes ``stable_after`` longer until a connection is stable.
         """
         self._free_retry = False
-        if lived >= self._config.stable_after:
-            self._failures = 0
+        if lived >= self.stable_after and not taken_over:
+            self.stable()
             delay = Delay(0.0)
         else:
             delay = self._after_failure()
+        self._contested = self._contested or taken_over
         seconds = max(delay.seconds, self._last_trigger + self._config.min_interval - now)
         self._last_trigger = now + seconds
         return attrs.evolve(delay, seconds=seconds)
@@ -118,6 +115,7 @@ class Backoff:
         """The connection has been live for ``stable_after``: forget the failures."""
         self._failures = 0
         self._free_retry = False
+        self._contested = False
 
     def reset(self) -> None:
         """Forget failures, pause and rate limit: somebody asked for an attempt now, or changed the settings."""

@@ -18,6 +18,7 @@ import trio
 
 from ._backoff import BackoffConfig
 from ._client_id import default_base
+from ._endpoints import FailoverConfig
 from ._properties import encode_binary
 from ._tls import TLSConfig
 from ._topics import check_topic
@@ -70,6 +71,26 @@ class Endpoint:
         return f"{self.scheme}://{host}:{self.port}"
 
 
+def _as_endpoints(values: Iterable[Endpoint | str]) -> tuple[Endpoint, ...]:
+    if isinstance(values, str):
+        raise TypeError(f"fallbacks must hold endpoints or URLs, not be one: {values!r:.100}")
+    return tuple(_as_endpoint(value) if isinstance(value, str) else value for value in values)
+
+
+def _as_endpoint(url: str) -> Endpoint:
+    parsed: dict[str, Any] = dict(parse_url(url))
+    place = {key: parsed.pop(key) for key in ("scheme", "host", "port", "path") if key in parsed}
+    if parsed:
+        raise ValueError(f"fallbacks: {', '.join(sorted(parsed))} in a URL, which may say where only")
+    return Endpoint(**place)
+
+
+def _endpoints(instance: object, attribute: attrs.Attribute[Any], values: tuple[object, ...]) -> None:
+    for value in values:
+        if not isinstance(value, Endpoint):
+            raise TypeError(f"{attribute.name} must hold endpoints or URLs, not {value!r:.100}")
+
+
 def _will_topic(instance: object, attribute: attrs.Attribute[Any], value: str) -> None:
     check_topic(value, f"will.{attribute.name}")
 
@@ -79,6 +100,13 @@ def _will_payload(instance: object, attribute: attrs.Attribute[Any], value: obje
         raise TypeError(f"will.payload must be bytes or str, not {type(value).__name__}")
     if len(value) > 65535:
         raise ValueError(f"will.payload has {len(value)} bytes, allowed are 0 to 65535 [MQTT-3.1.3.3]")
+
+
+def _availability_payload(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, bytes):
+        raise TypeError(f"availability.{attribute.name} must be bytes or str, not {type(value).__name__}")
+    if not 1 <= len(value) <= 65535:
+        raise ValueError(f"availability.{attribute.name} has {len(value)} bytes, allowed are 1 to 65535")
 
 
 def _password(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -129,6 +157,34 @@ class Will:
     user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
 
 
+def _availability_topic(instance: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    check_topic(value, f"availability.{attribute.name}")
+
+
+@attrs.frozen(kw_only=True)
+class Availability:
+    """Tells others on a topic whether this client is there.
+
+    ``online`` is published after each connect, when the subscriptions are there; ``offline`` is the last will, and
+    published whenever the driver gives a link up on purpose: when it is left, also by cancellation, paused, or
+    reconnects. The driver watches the topic and says ``online`` again if the will of a dead connection comes late.
+
+    ``delay`` (seconds, MQTT 5) holds the will back: with ``stable_id`` it does not come at all if the driver is back
+    by then [MQTT-3.1.3.2.2].
+    """
+
+    topic: str = attrs.field(validator=_availability_topic)
+    online: bytes = attrs.field(default=b"online", converter=_payload_bytes, validator=_availability_payload)
+    offline: bytes = attrs.field(default=b"offline", converter=_payload_bytes, validator=_availability_payload)
+    qos: int = attrs.field(default=1, validator=one_of(0, 1))
+    retain: bool = attrs.field(default=True, validator=instance(bool))
+    delay: int = attrs.field(default=0, validator=between(0, 0xFFFFFFFF))
+
+    def __attrs_post_init__(self) -> None:
+        if self.online == self.offline:
+            raise ValueError(f"availability.online and offline are both {self.online!r:.100}; they must differ")
+
+
 class Authenticator(Protocol):
     """Enhanced authentication [MQTT-4.12], made anew for each connection by ``DriverConfig.authenticator``.
 
@@ -155,7 +211,7 @@ class Authenticator(Protocol):
 
 @attrs.frozen(kw_only=True)
 class Attempt:
-    """What ``options_factory`` is told of the attempt that it makes the options for."""
+    """What ``options_factory`` and rebuild callbacks are told of the attempt that begins."""
 
     config: DriverConfig
     number: int
@@ -174,10 +230,20 @@ class DriverConfig:
     """All options of an ``MQTTDriver``. Immutable; ``evolve()`` makes a changed copy."""
 
     endpoint: Endpoint = attrs.field(validator=instance(Endpoint))
+    fallbacks: tuple[Endpoint, ...] = attrs.field(default=(), converter=_as_endpoints, validator=_endpoints)
+    """Where else to go, in order of preference, when ``endpoint`` cannot be had; endpoints, or URLs without options.
+    Everything else, credentials and TLS too, is the same there unless an ``options_factory`` says otherwise."""
+    failover: FailoverConfig = attrs.field(factory=FailoverConfig, validator=instance(FailoverConfig))
     client_id: str = attrs.field(factory=lambda: default_base(random.Random()), validator=[instance(str), text])
     """Base of the client ID; each connection gets ``{base}_{ms}``, later ones ``{base}_reconnect_{ms}``."""
     client_id_factory: Callable[[str, int, float], str] | None = attrs.field(default=None, validator=optional_callable)
     """``(base, generation, wall-clock seconds) -> client ID``, for brokers with rules of their own."""
+    stable_id: bool = attrs.field(default=False, validator=instance(bool))
+    """Use ``client_id`` itself for all connections, with a session that the broker keeps in between, instead of a
+    fresh ID and a clean session for each; see ``docs/howto/stable-id.md``."""
+    session_expiry: int = attrs.field(default=3600, validator=between(1, 0xFFFFFFFF))
+    """Seconds for which the broker keeps that session without a connection; 4294967295 is for ever. 3.1.1 brokers
+    have a limit of their own [MQTT-3.1.2.11.2]."""
     protocol: Literal["auto", "5", "3.1.1"] = attrs.field(default="auto", validator=one_of("auto", "5", "3.1.1"))
     """``auto`` tries MQTT 5 first and remembers a downgrade to 3.1.1."""
     username: str | None = attrs.field(default=None, validator=text)
@@ -188,6 +254,8 @@ class DriverConfig:
     tls: TLSConfig | None = None
     """For ``mqtts``; None trusts the system's certificate authorities."""
     will: Will | None = None
+    availability: Availability | None = None
+    """Instead of ``will``: birth, will and farewell on one topic."""
     options_factory: OptionsFactory | None = attrs.field(default=None, validator=optional_callable)
     """Called before each attempt; returns the options of that connection (endpoint, credentials, TLS, will, …)."""
     factory_timeout: float = attrs.field(default=10.0, validator=seconds)
@@ -249,18 +317,22 @@ class DriverConfig:
     """Seconds since the epoch, for client IDs and the history."""
 
     def __attrs_post_init__(self) -> None:
+        if self.stable_id and self.client_id_factory is not None:
+            raise ValueError("stable_id is True, so there is one client ID, but client_id_factory makes others")
         if self.password is not None and self.username is None:
             raise ValueError("password needs a username [MQTT-3.1.2-22]")
         if not self.client_id:
             raise ValueError("client_id is empty; leave it out for the default, or give a base of 1 to 65000 bytes")
         if len(self.client_id.encode()) > 65000:
             raise ValueError(f"client_id has {len(self.client_id.encode())} bytes, allowed are 1 to 65000")
-        for field, kind in (("tls", TLSConfig), ("will", Will)):
+        for field, kind in (("tls", TLSConfig), ("will", Will), ("availability", Availability)):
             value = getattr(self, field)
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{field} must be {kind.__name__} or None, not {type(value).__name__}")
-        if self.tls is not None and self.endpoint.scheme != "mqtts":
+        if self.tls is not None and all(one.scheme != "mqtts" for one in (self.endpoint, *self.fallbacks)):
             raise ValueError(f"tls is set but the endpoint is {self.endpoint}: use mqtts://")
+        if self.will is not None and self.availability is not None:
+            raise ValueError("will and availability are both set; availability brings a will of its own")
         if self.authenticator is not None and self.protocol == "3.1.1":
             raise ValueError("authenticator needs MQTT 5, but protocol is '3.1.1'")
         if self.probe != "ping":
@@ -292,6 +364,14 @@ class DriverConfig:
     def evolve(self, **changes: Any) -> DriverConfig:
         """A copy with ``changes``, validated again."""
         return attrs.evolve(self, **changes)
+
+    @property
+    def last_will(self) -> Will | None:
+        """``will``, or that of ``availability``."""
+        told = self.availability
+        if told is None:
+            return self.will
+        return Will(topic=told.topic, payload=told.offline, qos=told.qos, retain=told.retain, delay=told.delay)
 
     def probe_topic_for(self, client_id: str) -> str:
         """The probe topic of the connection with this client ID."""

@@ -25,26 +25,26 @@ from typing import Any, TypeVar
 import trio
 
 from ._config import DriverConfig
-from ._deadlines import Deadlines
+from ._deadlines import CLOCKS_EVERY, Deadlines
 from ._errors import (
     ConnectionLostError,
     MQTTDriverError,
     ProtocolError,
     ProtocolVersionError,
-    PublishRefusedError,
     RefusedError,
     ServerDisconnectedError,
 )
 from ._history import Counters
 from ._inbox import Inbox
-from ._inflight import IncomingWindow, OutgoingWindow, PacketIds
-from ._limits import publish_error
-from ._outbox import Outbox, Outgoing
-from ._packets import PINGREQ_PACKET, PINGRESP, PUBCOMP, PUBREL, Packet, PacketReader, encode_publish, packet_name
+from ._inflight import IncomingWindow
+from ._outbox import Outbox
+from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Packet, PacketReader, packet_name
 from ._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect, SubAck, SubscribeRequest
 from ._replies import Ping, Reply, Request
+from ._sender import Sender
+from ._session import Session
 from ._transport import lost
-from ._types import Message, PublishResult, ReasonCode, ServerLimits, UserProperties
+from ._types import Message, ReasonCode, ServerLimits, UserProperties
 from ._writer import Writer
 
 logger = logging.getLogger("trio_mqtt_driver")
@@ -54,8 +54,6 @@ T = TypeVar("T")
 _RECEIVE_SIZE = 65536
 _MOST_ANSWERS = 1024 * 1024
 """Bytes that a peer may make us write while it reads none of them."""
-_WINDOW_3_1_1 = 20
-"""3.1.1 has no Receive Maximum; brokers commonly keep 20 and some drop what exceeds it."""
 
 
 class Connection:
@@ -69,9 +67,11 @@ class Connection:
         version: int,
         client_id: str,
         generation: int,
+        session: Session,
         inbox: Inbox,
         outbox: Outbox,
         counters: Counters,
+        on_remark: Callable[[str], object],
     ) -> None:
         self.config = config
         self.version = version
@@ -86,22 +86,27 @@ class Connection:
         self._inbox = inbox
         self._outbox = outbox
         self._counters = counters
+        self._on_remark = on_remark
         self._reader = PacketReader(
             version=version,
             maximum_packet_size=config.maximum_packet_size,
             topic_alias_maximum=config.topic_alias_maximum,
             generation=generation,
         )
-        self._ids = PacketIds()
-        self._outgoing = OutgoingWindow(self._ids, config.in_flight)
-        self._incoming = IncomingWindow(config.receive_maximum)
+        self.session = session
+        self.resumed = False
+        """Whether the broker took up the session of an older connection."""
+        self.in_doubt = False
+        """Whether that may be another one, which an unanswered CONNECT began: then it has no subscriptions."""
+        self._incoming = IncomingWindow(config.receive_maximum, session.received)
         self._control: ControlPackets
         self._scope = trio.CancelScope()
         self.ended = False
         """Whether nothing can be sent or acknowledged on it any more."""
-        self._warned: set[str] = set()
+        self._warned = False
         self._writer = Writer(stream, counters)
-        self.deadlines = Deadlines(config, trio.current_time())
+        self.sender = Sender(config, session, self._writer, outbox, counters, version=version, generation=generation)
+        self.deadlines = Deadlines(config, trio.current_time(), config.wall_clock())
         self._timer = trio.CancelScope()
         self._acknowledged = trio.Event()
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
@@ -110,8 +115,6 @@ class Connection:
         self._eof = trio.Event()
         self.intercept: tuple[str, Callable[[Message[Any]], None]] | None = None
         """While the broker is being tested: a topic of our own, and who gets its messages instead of the inbox."""
-        self.copies: bool | None = None
-        """Whether the broker sends a copy per matching filter and cannot mark them; None until that matters."""
 
     async def run(self, session: Callable[[Connection], Awaitable[None]]) -> None:
         """Run the loops and ``session`` in the child nursery until either ends; afterwards ``cause`` tells why.
@@ -126,7 +129,8 @@ class Connection:
                     nursery,
                     client_id=self.client_id,
                     version=self.version,
-                    next_packet_id=self._ids.allocate,
+                    clean_start=not (self.session.established or self.session.wiped),
+                    next_packet_id=self.session.ids.allocate,
                     loops=(self._read_loop, self._write_loop, self._timer_loop),
                 )
                 self._control.start()
@@ -150,24 +154,28 @@ class Connection:
         error = self.cause or ConnectionLostError("the connection was closed")
         for ping in self.deadlines.pings:
             ping.reply.fail(error)
-        for request in self._requests.values():
+        for packet_id, request in self._requests.items():
             request.reply.fail(error)
-        self._outbox.put_back(out for out in self._outgoing.take_back() if out.on_settled is not None)
+            self.session.ids.release(packet_id)
+        self.session.on_processed = None
+        self.session.outgoing.drop_own()
+        if self.version == 5 and not self.session.unanswered:
+            granted = self.limits.session_expiry
+            self.session.expires_at = trio.current_time() + (
+                self.config.session_expiry if granted is None else granted
+            )
 
     def fail(self, error: MQTTDriverError) -> None:
         """The first fault is the cause, and ends the connection."""
         if self.cause is None and not self.ended:
-            self.cause = error
-            self._scope.cancel(reason=f"connection lost: {error}")
-
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            logger.warning("%s: the broker speaks 3.1.1: %s", self.config.client_id, text)
+            self.cause = self.deadlines.explain(error, trio.current_time(), self.config.wall_clock())
+            self.sender.closing = True
+            self._scope.cancel(reason=f"connection lost: {self.cause}")
 
     # -- requests: each returns the Reply to wait for ----------------------------------------------------------------
 
     def connect(self, authentication: tuple[str, bytes | None] | None) -> Reply[ConnAck | AuthPacket]:
+        self.session.unanswered += 1
         return self._exchange(self._control.connect_packet(self.config, authentication))
 
     def authenticate(self, method: str, data: bytes | None) -> Reply[ConnAck | AuthPacket]:
@@ -178,11 +186,14 @@ class Connection:
         self._writer.write(packet)
         return self._handshake
 
-    def connected(self, limits: ServerLimits) -> None:
+    def connected(self, limits: ServerLimits, *, session_present: bool) -> None:
         """CONNACK was good: obey what it says."""
         self.limits = limits
-        window = limits.receive_maximum if self.version == 5 else _WINDOW_3_1_1
-        self._outgoing.size = min(self.config.in_flight, window)
+        self.resumed = session_present
+        self.in_doubt = self.session.unanswered > 1
+        self._outbox.put_back(self.session.begin(present=session_present))
+        self.session.on_processed = self._acknowledge_late
+        self.sender.begin(limits)
         seconds = self.config.keep_alive if limits.server_keep_alive is None else limits.server_keep_alive
         self.deadlines.keep_alive = seconds or math.inf
         self._expect_by(trio.current_time() + self.deadlines.keep_alive)
@@ -197,8 +208,13 @@ class Connection:
     ) -> Reply[tuple[ReasonCode, ...]]:
         if not self.limits.identifiers_available:
             identifier = None
-        if self.version != 5 and any(request.needs_5 for request in requests):
-            self._warn_once("no_local, retain_as_published and retain_handling need MQTT 5 and are left out")
+        if self.version != 5 and not self._warned and any(request.needs_5 for request in requests):
+            self._warned = True
+            logger.warning(
+                "%s: the broker speaks 3.1.1: no_local, retain_as_published and retain_handling need MQTT 5 and are "
+                "left out",
+                self.config.client_id,
+            )
         packet_id, packet = self._control.subscribe_packet(requests, identifier, user_properties)
         return self._request(packet_id, packet, Request(len(requests), unsubscribe=False, reply=Reply()))
 
@@ -233,91 +249,52 @@ class Connection:
         self._expect_by(now + self.config.ping_timeout)
         return ping.reply
 
-    async def disconnect(self) -> None:
+    async def disconnect(self, *, end_session: bool) -> None:
         """Send DISCONNECT and wait until the broker closes the link; the caller sets the deadline.
 
+        With ``end_session`` an MQTT 5 broker forgets a session that was to last [MQTT-3.14.2.2.2]; 3.1.1 cannot say
+        that.
         Closing at once could reset the connection with the DISCONNECT unread, and the will would be published.
         """
-        self._closing = True
-        self._writer.write_last(self._control.disconnect_packet())
+        self._closing = self.sender.closing = True
+        packet = self._control.disconnect_packet(end_session=end_session and self.config.stable_id)
+        self._writer.write_last(packet)
         await self._eof.wait()
 
-    # -- publishing ---------------------------------------------------------------------------------------------------
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._outgoing)
+    # -- messages -----------------------------------------------------------------------------------------------------
 
     @property
     def unacknowledged(self) -> int:
         """Incoming messages that are not acknowledged yet."""
         return len(self._incoming)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether it takes more."""
-        return not self._closing and self.cause is None and self._writer.waiting < self.config.write_buffer
-
-    def send(self, outgoing: Outgoing) -> None:
-        """Put one message on the wire, past the outbox; one of QoS 1 or 2 needs room in the window."""
-        packet_id = self._outgoing.add(outgoing) if outgoing.qos else 0
-        outgoing.attempts += 1
-        self._counters.messages_out += 1
-        if self.version != 5 and outgoing.properties != b"\0":
-            self._warn_once("properties of PUBLISH need MQTT 5 and are left out")
-        self._writer.write(
-            encode_publish(
-                outgoing.raw_topic,
-                outgoing.payload,
-                qos=outgoing.qos,
-                retain=outgoing.retain,
-                packet_id=packet_id,
-                properties=outgoing.properties if self.version == 5 else None,
-            )
-        )
-        if outgoing.qos:
-            self._outgoing.written(outgoing, self._writer.written)
-        else:
-            self._settle(outgoing, ReasonCode.SUCCESS)
-
     def go_live(self) -> None:
-        """The subscriptions are replayed: from now on what waits in the outbox goes out."""
+        """The subscriptions are there: from now on publishes go out, and their acknowledgements may be overdue."""
         self.deadlines.live = True
         self._expect_by(trio.current_time())
-        self.refill()
-
-    def refill(self) -> None:
-        """Send from the outbox what the window and the write buffer have room for."""
-        if not self.deadlines.live:
-            return
-        while self.has_room:
-            outgoing = self._outbox.peek()
-            if outgoing is None or (outgoing.qos and self._outgoing.free <= 0):
-                return
-            self._outbox.take()
-            error = publish_error(self.limits, outgoing)
-            if error is not None:
-                outgoing.settle(error)
-            else:
-                self.send(outgoing)
-
-    def _settle(self, outgoing: Outgoing, code: ReasonCode) -> None:
-        outgoing.settle(
-            PublishResult(
-                reason_code=code,
-                generation=self.generation,
-                attempts=outgoing.attempts,
-                latency=trio.current_time() - outgoing.accepted_at,
-            )
-        )
+        self.sender.go_live()
 
     def acknowledge(self, message: Message[Any]) -> None:
-        """A message of this connection was processed by everybody. A no-op, counted, when the connection is over."""
-        if self.ended:
+        """A message of this connection was processed by everybody. A no-op, counted, when the connection is over: but
+        that of QoS 2 belongs to the session, which may go on."""
+        if not self.ended:
+            self._answer(self._incoming.acknowledge(message))
+        elif self.keeps(message):
+            self.session.processed(message.packet_id)
+        else:
             self._counters.stale_acknowledgements += 1
-            return
-        self._writer.answer(self._incoming.acknowledge(message))
+
+    def _acknowledge_late(self, packet_id: int) -> None:
+        self._answer(self._incoming.acknowledge_2(packet_id))
+
+    def _answer(self, packet: bytes) -> None:
+        if packet:
+            self._writer.answer(packet)
         self._acknowledged.set()
+
+    def keeps(self, message: Message[Any]) -> bool:
+        """Whether a message that it brought can still be acknowledged, some day."""
+        return not self.ended or (message.qos == 2 and self._incoming.keeps(message.packet_id))
 
     async def _write_loop(self) -> None:
         try:
@@ -328,9 +305,8 @@ class Connection:
 
     def _flushed(self) -> None:
         now = self.deadlines.sent_at = trio.current_time()
-        self._outgoing.flushed(self._writer.flushed, now)
         self._expect_by(now + self.config.ack_timeout)
-        self.refill()
+        self.sender.flushed(now)
 
     # -- the reader ---------------------------------------------------------------------------------------------------
 
@@ -358,12 +334,12 @@ class Connection:
             # Even after a fault: what arrived whole before it was accepted.
             if messages:
                 self._counters.messages_in += len(messages)
-                self._inbox.deliver(messages, copies=bool(self.copies))
+                self._inbox.deliver(messages, copies=bool(self.session.copies))
             if self._writer.answers > _MOST_ANSWERS:
                 self.fail(
                     ConnectionLostError(f"the broker reads nothing: {self._writer.answers} bytes of answers wait")
                 )
-            self.refill()
+            self.sender.refill()
             if self._inbox.crowded:
                 await self._inbox.give_way()
             # Only for messages of this link: a queue that is full since the last one must not hide the handshake.
@@ -391,10 +367,9 @@ class Connection:
         elif isinstance(packet, tuple):
             first, packet_id, code, reason = packet
             if first == PUBREL:
-                self._writer.answer(self._incoming.release(packet_id, self.version))
-                self._acknowledged.set()
+                self._answer(self._incoming.release(packet_id, self.version))
             else:
-                self._take_ack(first, packet_id, code, reason)
+                self.sender.take_ack(first, packet_id, code, reason)
         else:
             self._take_control(packet)
 
@@ -418,34 +393,13 @@ class Connection:
             return
         messages.append(message)
 
-    def _take_ack(self, first: int, packet_id: int, code: int, reason: str | None) -> None:
-        try:
-            reason_code = ReasonCode(code)
-        except ValueError:  # looked at first: what is taken out of the window must be settled
-            name = packet_name(first)
-            raise ProtocolError(f"malformed packet: {name} with unknown reason code 0x{code:02x}") from None
-        outgoing, answer = self._outgoing.acknowledge(first, packet_id, code, trio.current_time())
-        if answer:
-            self._writer.answer(answer)
-        if outgoing is None:
-            return
-        if first == PUBCOMP:
-            # PUBREC has accepted the message; whatever the broker says of the rest, it is delivered.
-            self._settle(outgoing, ReasonCode.SUCCESS)
-        elif reason_code.is_failure:
-            words = f": {reason}" if reason else ""
-            outgoing.settle(
-                PublishRefusedError(f"the broker refused {outgoing.topic!r}: {reason_code}{words}", reason_code)
-            )
-        else:
-            self._settle(outgoing, reason_code)
-
     def _take_control(self, packet: bytes) -> None:
         if packet[0] == PINGRESP:
             if len(packet) != 2:
                 raise ProtocolError("malformed packet: PINGRESP with a body [MQTT-3.13.1]")
-            if self.deadlines.pings:
-                ping = self.deadlines.pings.popleft()
+            ping = self.deadlines.pong()
+            if ping is not None:
+                self._expect_by(trio.current_time())
                 self.round_trip = trio.current_time() - ping.sent_at
                 ping.reply.set(self.round_trip)
             return
@@ -455,7 +409,11 @@ class Connection:
         elif isinstance(event, ServerDisconnect):
             words = f": {event.reason_string}" if event.reason_string else ""
             self._gone(
-                ServerDisconnectedError(f"the broker disconnected us: {event.reason_code}{words}", event.reason_code)
+                ServerDisconnectedError(
+                    f"the broker disconnected us: {event.reason_code}{words}",
+                    event.reason_code,
+                    event.server_reference,
+                )
             )
         elif self._handshake is None:
             raise ProtocolError(f"protocol error: unexpected {packet_name(packet[0])} [MQTT-3.2.0-2]")
@@ -467,7 +425,7 @@ class Connection:
         request = self._requests.pop(answer.packet_id, None)
         if request is None or request.unsubscribe != answer.unsubscribe:
             raise ProtocolError(f"protocol error: SUBACK or UNSUBACK for unknown identifier {answer.packet_id}")
-        self._ids.release(answer.packet_id)
+        self.session.ids.release(answer.packet_id)
         codes = answer.reason_codes
         if request.unsubscribe and self.version != 5:
             codes = (ReasonCode.SUCCESS,) * request.filters
@@ -488,10 +446,14 @@ class Connection:
         while True:
             with trio.CancelScope() as self._timer:
                 now = trio.current_time()
+                remark = self.deadlines.observe(now, self.config.wall_clock(), self.sender.oldest_sent_at)
+                if remark is not None:
+                    logger.info("%s: %s", self.config.client_id, remark)
+                    self._on_remark(remark)
                 if self.deadlines.ping_due(now):
                     self.ping()
-                error = self.deadlines.overdue(now, self._outgoing.oldest_sent_at)
+                error = self.deadlines.overdue(now)
                 if error is not None:
                     self.fail(error)
-                self._timer.deadline = self.deadlines.look_at(now, self._outgoing.oldest_sent_at)
+                self._timer.deadline = min(self.deadlines.look_at(now), now + CLOCKS_EVERY)
                 await trio.sleep_forever()

@@ -5,6 +5,11 @@ the broker's to us: if nothing arrives for as long, PINGREQ asks for a sign of l
 goes on "working" for a long time. Bytes that arrive count as that sign, since a PINGRESP may queue behind large
 messages; but a broker that goes on to send whole packets and never answers does not answer.
 
+A link is *in doubt* when an acknowledgement is late, or when the machine was suspended: PINGREQ goes out at once, and
+what comes of it decides. A late acknowledgement alone does not tell a dead link from a slow one, nor from an event
+loop that was blocked while the answer lay in the socket; and after a suspension nobody knows, since the wall clock
+also jumps when it is set. So a link that answers is never ended because of a clock.
+
 While reading is paused the answers lie unread on our side: only the first clock runs. The same before the link is
 live, where each step (CONNACK, test publish, replay) has a deadline of its own, and an error that names it.
 """
@@ -14,20 +19,49 @@ from __future__ import annotations
 import math
 from collections import deque
 
+import attrs
+
 from ._config import DriverConfig
-from ._errors import AckTimeoutError, KeepAliveError, MQTTDriverError
+from ._errors import (
+    AckTimeoutError,
+    ConnectionLostError,
+    KeepAliveError,
+    MQTTDriverError,
+    ProtocolError,
+    ServerDisconnectedError,
+    SuspendedError,
+)
 from ._replies import Ping
+from ._types import ReasonCode
 
 _PATIENCE = 3
 """So many ping timeouts are too many for one PINGREQ, whatever else arrives."""
+_GIVEN_UP_AFTER = 1.5
+"""In keep-alives: a broker that hears nothing for so long closes the connection [MQTT-3.1.2-22]."""
+_FORGOTTEN_AFTER = 60.0
+"""Without a keep-alive the broker waits for ever, but routers and firewalls forget connections that are silent."""
+CLOCKS_EVERY = 5.0
+"""How often the clocks are compared. A shorter time finds a suspension little sooner than the PINGREQ that follows can
+be answered; each look costs what a timer of Trio costs, and a process may hold a thousand connections."""
+
+
+@attrs.define
+class _Doubt:
+    """A reason to ask the broker for a sign of life."""
+
+    since: float
+    asked_from: float
+    """The PINGRESP of a PINGREQ that was sent earlier says nothing: it may be older than what is in doubt."""
+    answered: bool = False
 
 
 class Deadlines:
-    """The times of one connection, in seconds on the caller's clock."""
+    """The times of one connection, in seconds on the caller's clock. ``wall`` is the wall clock, for comparison."""
 
-    def __init__(self, config: DriverConfig, now: float) -> None:
+    def __init__(self, config: DriverConfig, now: float, wall: float) -> None:
         self._ping_timeout = config.ping_timeout
         self._ack_timeout = config.ack_timeout
+        self._doubt_timeout = min(config.ping_timeout, config.ack_timeout)
         self.keep_alive: float = math.inf
         self.sent_at = now
         self.heard_at = now
@@ -38,6 +72,11 @@ class Deadlines:
         self.live = False
         self.paused = False
         self._resumed_at = now
+        self._waiting_since = math.inf
+        self._late: _Doubt | None = None
+        self._ahead = wall - now
+        self._suspended: _Doubt | None = None
+        self._suspended_for = 0.0
 
     @property
     def listening_since(self) -> float:
@@ -49,28 +88,81 @@ class Deadlines:
         self.paused = False
         self.heard_at = self._resumed_at = now
 
+    def observe(self, now: float, wall: float, oldest_sent_at: float) -> str | None:
+        """Take in how things stand, before the questions below are asked.
+
+        ``oldest_sent_at`` is since when the first open publish waits. Returns what is worth telling, if anything.
+        """
+        self._compare_clocks(now, wall)
+        self._waiting_since = max(oldest_sent_at, self._resumed_at)
+        if self._late is not None and self._late.asked_from != self._waiting_since:
+            self._late = None  # it was acknowledged; or reading was paused, and all waiting begins anew
+        if self._late is None and self.live and not self.paused and now >= self._waiting_since + self._ack_timeout:
+            self._late = _Doubt(since=now, asked_from=self._waiting_since)
+        if self._suspended is None or not self._suspended.answered:
+            return None
+        text = (
+            f"the wall clock jumped ahead by {self._suspended_for:.0f} s: the machine was suspended, or the clock was "
+            "set; the broker answers, so the link stays"
+        )
+        self._suspended = None
+        self._suspended_for = 0.0
+        return text
+
+    def _compare_clocks(self, now: float, wall: float) -> None:
+        # Trio's clock stands still while the machine is suspended, the wall clock does not.
+        jump = wall - now - self._ahead
+        self._ahead = wall - now
+        if jump > (_FORGOTTEN_AFTER if self.keep_alive == math.inf else _GIVEN_UP_AFTER * self.keep_alive):
+            self._suspended_for += jump
+            self._suspended = _Doubt(since=now, asked_from=now)
+
+    def pong(self) -> Ping | None:
+        """PINGRESP has come: the PINGREQ that it answers."""
+        if not self.pings:
+            return None
+        ping = self.pings.popleft()
+        for doubt in (self._late, self._suspended):
+            if doubt is not None and ping.sent_at >= doubt.asked_from:
+                doubt.answered = True
+        return ping
+
     def ping_due(self, now: float) -> bool:
         """Whether PINGREQ must be sent now."""
         if now >= self.sent_at + self.keep_alive:
             return True
-        return self.live and not self.pings and not self.paused and now >= self.heard_at + self.keep_alive
+        if not self.live or self.paused:
+            return False
+        last = self.pings[-1].sent_at if self.pings else -math.inf
+        return (not self.pings and now >= self.heard_at + self.keep_alive) or any(
+            doubt is not None and not doubt.answered and last < doubt.asked_from
+            for doubt in (self._late, self._suspended)
+        )
 
-    def overdue(self, now: float, oldest_sent_at: float) -> MQTTDriverError | None:
-        """What the link failed to answer in time; ``oldest_sent_at`` is when the oldest open publish was sent."""
+    def overdue(self, now: float) -> MQTTDriverError | None:
+        """What the link failed to answer in time."""
         if self.paused or not self.live:
             return None
         silence = f"nothing received for {now - self.heard_at:.1f} s"
+        if self._late is not None:
+            late = f"no acknowledgement within ack_timeout={self._ack_timeout:g} s"
+            if self._late.answered:
+                return AckTimeoutError(f"{late}, although the broker answers PINGREQ")
+            if now >= self._answer_by(self._late.since, self._doubt_timeout):
+                if now < self.heard_at + self._doubt_timeout:
+                    return AckTimeoutError(f"{late} and no answer to PINGREQ, although other packets arrive")
+                return AckTimeoutError(f"{late} and no answer to PINGREQ, {silence}: the link is half-open")
+        if self._suspended is not None and now >= self._answer_by(self._suspended.since, self._doubt_timeout):
+            return KeepAliveError(f"no answer to PINGREQ within {self._doubt_timeout:g} s, {silence}")
         if now >= self._pong_by():
             if now < self.heard_at + self._ping_timeout:
                 return KeepAliveError("no answer to PINGREQ although other packets arrive: the broker is stuck")
             return KeepAliveError(
                 f"no answer to PINGREQ within ping_timeout={self._ping_timeout:g} s, {silence}: the link is half-open"
             )
-        if now >= self._ack_by(oldest_sent_at):
-            return AckTimeoutError(f"no acknowledgement within ack_timeout={self._ack_timeout:g} s, {silence}")
         return None
 
-    def look_at(self, now: float, oldest_sent_at: float) -> float:
+    def look_at(self, now: float) -> float:
         """When the next of all this may be due."""
         ping_by = self.sent_at + self.keep_alive
         if not self.live:
@@ -79,14 +171,33 @@ class Deadlines:
             return min(ping_by, now + self._ack_timeout)
         if not self.pings:
             ping_by = min(ping_by, self.heard_at + self.keep_alive)
-        return min(ping_by, self._pong_by(), self._ack_by(oldest_sent_at))
+        ack_by = self._waiting_since + self._ack_timeout
+        if self._late is not None:
+            ack_by = self._answer_by(self._late.since, self._doubt_timeout)
+        if self._suspended is not None:
+            ack_by = min(ack_by, self._answer_by(self._suspended.since, self._doubt_timeout))
+        return min(ping_by, self._pong_by(), ack_by)
+
+    def explain(self, error: MQTTDriverError, now: float, wall: float) -> MQTTDriverError:
+        """The error that ends the connection: ``error``, or that the machine was suspended, if it may be due to that.
+
+        A broker that gives another reason in its DISCONNECT is believed, and nonsense is nonsense.
+        """
+        self._compare_clocks(now, wall)
+        if self._suspended is None or self._suspended.answered or not isinstance(error, ConnectionLostError):
+            return error
+        if isinstance(error, ProtocolError):
+            return error
+        if isinstance(error, ServerDisconnectedError) and error.reason_code != ReasonCode.KEEP_ALIVE_TIMEOUT:
+            return error
+        explained = SuspendedError(f"the machine was suspended for about {self._suspended_for:.0f} s: {error}")
+        explained.__cause__ = error
+        return explained
 
     def _pong_by(self) -> float:
-        if not self.pings:
-            return math.inf
-        asked_at = max(self.pings[0].sent_at, self._resumed_at)
-        pong_by = max(asked_at, self.heard_at) + self._ping_timeout
-        return pong_by if self.mid_packet else min(pong_by, asked_at + _PATIENCE * self._ping_timeout)
+        return self._answer_by(self.pings[0].sent_at, self._ping_timeout) if self.pings else math.inf
 
-    def _ack_by(self, oldest_sent_at: float) -> float:
-        return max(oldest_sent_at, self._resumed_at) + self._ack_timeout
+    def _answer_by(self, asked_at: float, timeout: float) -> float:
+        asked_at = max(asked_at, self._resumed_at)
+        answer_by = max(asked_at, self.heard_at) + timeout
+        return answer_by if self.mid_packet else min(answer_by, asked_at + _PATIENCE * timeout)

@@ -50,6 +50,10 @@ class Dispatcher:
         self._room = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._open: set[Subscription[Any]] = set()
+        self._handling: set[Subscription[Any]] = set()
+        """Those whose handlers have a task."""
+        self._retired = False
+        self._idle = trio.Event()
 
     # -- the connection's end: connection.Inbox -----------------------------------------------------------------------
 
@@ -58,6 +62,9 @@ class Dispatcher:
 
         With ``copies`` each message comes once for each registration that it matches, unmarked.
         """
+        if self._retired:
+            self._counters.dropped += len(messages)
+            return
         if self._targets_version != self._registry.version:
             self._targets.clear()
             self._targets_version = self._registry.version
@@ -144,7 +151,9 @@ class Dispatcher:
             await self._room.wait()
 
     def changed(self, subscription: Subscription[Any]) -> None:
-        """A subscription's queue has become shorter."""
+        """A subscription's queue has become shorter, or whoever empties it has nothing to do."""
+        if self._retired and subscription.idle:
+            self._idle.set()
         if self._blocking and subscription in self._blocking and not subscription.full:
             self._blocking.discard(subscription)
             self._room.set()
@@ -207,6 +216,21 @@ class Dispatcher:
             return [target] if target in self._open else []
         return [one for one in self._open if one.topic_filter == target and one.handler is not None]
 
+    async def retire(self) -> None:
+        """Take no more messages, and wait until the handlers are done with those that are here.
+
+        What comes now is dropped unacknowledged: else a busy topic would keep the driver from ever being left.
+        """
+        self._retired = True
+        while self.unprocessed:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    @property
+    def unprocessed(self) -> int:
+        """Messages that handlers have, or that wait for one."""
+        return sum(one.unprocessed for one in self._handling)
+
     def close_all(self) -> None:
         for subscription in list(self._open):
             self._open.discard(subscription)
@@ -227,15 +251,20 @@ class Dispatcher:
     async def _handle(self, subscription: Subscription[Any]) -> None:
         handler = subscription.handler
         assert handler is not None
-        async for message in subscription:
-            try:
-                outcome = handler(message)
-                if isinstance(outcome, Awaitable):
-                    await outcome
-            except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
-                self.failed(subscription, message, exc)
-                if self._on_handler_error is not None:
-                    return
+        self._handling.add(subscription)
+        try:
+            async for message in subscription:
+                try:
+                    outcome = handler(message)
+                    if isinstance(outcome, Awaitable):
+                        await outcome
+                except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
+                    self.failed(subscription, message, exc)
+                    if self._on_handler_error is not None:
+                        return
+        finally:
+            self._handling.discard(subscription)
+            self._idle.set()
 
     def failed(self, subscription: Subscription[Any], message: Message[Any], error: Exception) -> None:
         """The policy for other people's bugs, in handlers of messages and of dead letters. Cancellation is none."""

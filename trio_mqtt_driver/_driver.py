@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -10,22 +10,32 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import trio
 
-from ._arguments import PublishArguments, SubscribeArguments, check_names, make_outgoing, offline_policy
-from ._codecs import decoder
-from ._config import DriverConfig
+from ._arguments import (
+    PublishArguments,
+    SubscribeArguments,
+    check_states,
+    make_config,
+    make_outgoing,
+    make_subscription,
+    offline_policy,
+)
+from ._availability import Presence
+from ._callbacks import Callbacks
+from ._config import Attempt, DriverConfig
 from ._dispatch import Dispatcher
-from ._edges import ConnectionCallback, Edges
-from ._errors import DriverClosedError, MessageLostError, NotConnectedError, PublishTimeoutError, ServerLimitError
+from ._edges import Edges
+from ._errors import DriverClosedError, MessageLostError, NotConnectedError, ServerLimitError
+from ._events import EventStream
 from ._history import History
 from ._lifespan import Lifespan
-from ._limits import publish_error, subscribe_refusal
-from ._outbox import Outbox, Outgoing, Receipt
-from ._registry import Registry, SubscriptionOptions
+from ._limits import subscribe_refusal
+from ._outbox import Outbox, Receipt, Undelivered
+from ._publisher import Publisher
+from ._registry import Registry
 from ._status import Status
 from ._subscription import Handler, Subscription
 from ._supervisor import Supervisor
-from ._topics import check_filter, split_share
-from ._types import OfflinePolicy, Overflow, PublishResult, State
+from ._types import OfflinePolicy, PublishResult, State
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -57,12 +67,7 @@ class MQTTDriver:
         rng: random.Random | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(config, str):
-            config = DriverConfig.from_url(config, **options)
-        elif not isinstance(config, DriverConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"config must be a DriverConfig or a URL, not {type(config).__name__}")
-        elif options:
-            raise TypeError(f"{', '.join(options)}: give options to the DriverConfig, or a URL with options")
+        config = make_config(config, options)
         if start not in ("live", "background"):
             raise ValueError(f"start is {start!r}, allowed are 'live', 'background'")
         self._start = start
@@ -76,6 +81,8 @@ class MQTTDriver:
             on_handler_error=self._lifespan.fail if config.on_handler_error == "raise" else None,
         )
         self._edges = Edges()
+        self._rebuilds: Callbacks[Attempt] = Callbacks("rebuild", "Attempt")
+        self._presence = None if config.availability is None else Presence(config.availability)
         self._supervisor = Supervisor(
             config,
             registry=self._registry,
@@ -83,12 +90,16 @@ class MQTTDriver:
             outbox=self._outbox,
             history=self._history,
             edges=self._edges,
+            before_rebuild=self._rebuilds.call,
+            presence=self._presence,
             rng=rng or random.Random(),
             on_terminal=self._lifespan.fail,
         )
+        self._publisher = Publisher(self._supervisor, self._outbox, self._check_open)
         self._dispatching = trio.Event()
         self._entered = False
         self._left = False
+        self._undelivered: tuple[Undelivered, ...] = ()
         self._context = self._live()
 
     def __repr__(self) -> str:
@@ -123,6 +134,8 @@ class MQTTDriver:
             await nursery.start(self._dispatcher.run)
             self._dispatching.set()
             nursery.start_soon(self._keep_connected)
+            if self._presence is not None:
+                nursery.start_soon(self._presence.watch, self.subscribe)
 
     async def _keep_connected(self) -> None:
         try:
@@ -138,6 +151,8 @@ class MQTTDriver:
 
     def _settle(self) -> None:
         """No connection will come any more: whoever waits for one must know, also while the body still unwinds."""
+        self._undelivered += tuple(outgoing.undelivered() for outgoing in self._supervisor.undelivered)
+        self._history.end()
         self._registry.close()
         self._outbox.close(
             lambda outgoing: MessageLostError(f"the driver ended before {outgoing.topic!r} was acknowledged")
@@ -151,8 +166,16 @@ class MQTTDriver:
 
     async def _stop(self, graceful: bool) -> None:
         config = self.config
-        with trio.move_on_after((config.drain_timeout if graceful else 0) + config.disconnect_timeout):
-            await self._supervisor.close(drain=graceful)
+        if graceful and self.state is State.LIVE:
+            with trio.move_on_after(config.drain_timeout):
+                await self._dispatcher.retire()
+                await self._outbox.wait_empty()
+        out, here = len(self._supervisor.undelivered), self._dispatcher.unprocessed
+        if out or here:
+            text = f"left behind: {out} published and not acknowledged, {here} received and not processed"
+            self._supervisor.note("left behind", text, logging.WARNING)
+        with trio.move_on_after(config.disconnect_timeout):
+            await self._supervisor.close()
 
     def _check_open(self) -> None:
         if not self._entered:
@@ -185,26 +208,7 @@ class MQTTDriver:
         """
         outgoing = make_outgoing(topic, payload, qos, retain, properties)
         policy = offline_policy(offline)
-        await trio.lowlevel.checkpoint_if_cancelled()
-        self._check_open()
-        if policy is OfflinePolicy.FAIL and self.state is not State.LIVE:
-            raise NotConnectedError(f"publish to {topic!r}: the link is down ({self._supervisor.diagnosis()})")
-        timeout = self.config.publish_timeout
-        if timeout == math.inf:
-            return await self._publish(outgoing)
-        with trio.move_on_after(timeout):
-            return await self._publish(outgoing)
-        error = PublishTimeoutError(
-            f"{topic!r} was not acknowledged within publish_timeout={timeout:g} s", self._supervisor.diagnosis()
-        )
-        outgoing.settle(error)
-        raise error
-
-    async def _publish(self, outgoing: Outgoing) -> PublishResult:
-        await self._outbox.wait_room(outgoing.size)
-        self._check_open()
-        self._submit(outgoing)
-        return await outgoing.wait()
+        return await self._publisher.publish(outgoing, policy)
 
     def publish_nowait(
         self,
@@ -220,24 +224,24 @@ class MQTTDriver:
         Raises what ``publish()`` raises for bad arguments, ``OutboxFullError`` and ``DriverClosedError``.
         """
         outgoing = make_outgoing(topic, payload, qos, retain, properties)
-        self._check_open()
-        self._submit(outgoing)
-        return Receipt(outgoing)
+        return self._publisher.publish_nowait(outgoing)
 
-    def _submit(self, outgoing: Outgoing) -> None:
-        if self.state is State.CLOSED:
-            raise DriverClosedError("the driver has stopped for good") from self._supervisor.terminal
-        connection = self._supervisor.connection if self.state is State.LIVE else None
-        if connection is not None:
-            error = publish_error(connection.limits, outgoing)
-            if error is not None:
-                raise error
-            if not outgoing.qos and connection.has_room and not self._outbox.holds_qos0:
-                connection.send(outgoing)
-                return
-        self._outbox.accept(outgoing)
-        if connection is not None:
-            connection.refill()
+    async def drain(self) -> tuple[Undelivered, ...]:
+        """Wait until all that was published is acknowledged, for ``drain_timeout`` at most; return what is not.
+
+        The driver goes on as before. Leaving it drains by itself. Cancelling ends the wait and nothing else. Raises
+        ``DriverClosedError``.
+        """
+        await trio.lowlevel.checkpoint()
+        self._check_open()
+        with trio.move_on_after(self.config.drain_timeout):
+            await self._outbox.wait_empty()
+        return self.undelivered
+
+    @property
+    def undelivered(self) -> tuple[Undelivered, ...]:
+        """What was published and is not acknowledged, oldest first; once the driver has ended, what it left so."""
+        return self._undelivered or tuple(outgoing.undelivered() for outgoing in self._supervisor.undelivered)
 
     # -- subscribing --------------------------------------------------------------------------------------------------
 
@@ -303,33 +307,9 @@ class MQTTDriver:
     async def _subscribe(
         self, topic_filter: str, handler: Handler[Any] | None, message_class: Any, options: SubscribeArguments
     ) -> Subscription[Any]:
-        check_filter(topic_filter)
-        check_names("subscribe", options, SubscribeArguments)
-        arguments: dict[str, Any] = dict(options)
-        overflow = Overflow(arguments.pop("overflow", Overflow.DROP_OLDEST))
-        queue_messages = arguments.pop("queue_messages", None)
-        # The config's own rule is the rule here.
-        bound = self.config if queue_messages is None else self.config.evolve(queue_messages=queue_messages)
-        on_dead_letter = arguments.pop("on_dead_letter", None)
-        if on_dead_letter is not None and not callable(on_dead_letter):
-            raise TypeError(f"on_dead_letter must be callable, not {type(on_dead_letter).__name__}")
-        subscription: Subscription[Any] = Subscription(
-            topic_filter,
-            decode=decoder(message_class),
-            typed=message_class is not bytes and message_class is not None,
-            handler=handler,
-            on_dead_letter=on_dead_letter,
-            overflow=overflow,
-            queue_messages=bound.queue_messages,
-            counters=self._history.counters,
-            changed=self._dispatcher.changed,
-            failed=self._dispatcher.failed,
+        subscription, subscription_options = make_subscription(
+            topic_filter, handler, message_class, options, self.config, self._dispatcher, self._history.counters
         )
-        subscription_options = SubscriptionOptions(**arguments)
-        if subscription_options.no_local and split_share(topic_filter)[0] is not None:
-            raise ValueError(
-                f"no_local is True, which a shared subscription may not be: {topic_filter!r} [MQTT-3.8.3-4]"
-            )
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_open()
         connection = self._supervisor.connection if self.state is State.LIVE else None
@@ -400,13 +380,9 @@ class MQTTDriver:
         Returns at once if it is in one of them now. Raises ``RefusedError`` or ``DriverClosedError`` if the driver
         ends and none of them will come.
         """
-        if not states:
-            raise TypeError("wait_state needs at least one State")
-        for state in states:
-            if not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"states: must be of {State}, not {state!r}")
+        wanted = check_states(states)
         self._check_open()
-        return await self._supervisor.wait_state(frozenset(states))
+        return await self._supervisor.wait_state(wanted)
 
     async def ping(self) -> float:
         """Send PINGREQ and return the round trip in seconds.
@@ -457,10 +433,31 @@ class MQTTDriver:
         self._check_open()
         self._supervisor.apply_settings(config)
 
-    def register_connection_callback(self, callback: ConnectionCallback) -> Callable[[], None]:
+    def events(self, buffer: int = 100) -> EventStream:
+        """``with driver.events() as events:`` then ``async for event in events:``, each `Event` from this call on.
+
+        It may be called before the driver is entered, to see everything. ``buffer`` is how many events may wait for
+        this consumer: when it is full the oldest is dropped, and counted in ``events.missed``. Iteration ends when
+        the driver has closed, so whoever shall see that end runs in a nursery around the driver.
+
+        Raises ``ValueError`` for a bad ``buffer`` and ``DriverClosedError``.
+        """
+        return EventStream(self._history, buffer)
+
+    def register_connection_callback(self, callback: Callable[[bool], object]) -> Callable[[], None]:
         """Call ``callback(True)`` when the link comes up and ``callback(False)`` when it is lost, edges only.
 
         Not called at registration. It must not block; its exceptions are logged. Returns a function that ends it,
         which may be called any number of times, also inside a callback.
         """
         return self._edges.register(callback)
+
+    def register_rebuild_callback(self, callback: Callable[[Attempt], object]) -> Callable[[], None]:
+        """Call ``callback(attempt)`` before each attempt but the first, to drop what came from the old session.
+
+        The old connection is gone by then, and nothing of the new one is there: no options, no client, no stream.
+        An attempt that fails has a call too; ``attempt.number`` is 1 for the first after a loss. For the rest it is as
+        with `register_connection_callback`. ``apply_settings()`` in it gives the attempt up for another, which has a
+        call of its own: what each attempt needs anew is for ``options_factory``.
+        """
+        return self._rebuilds.register(callback)

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections import deque
-from collections.abc import Callable
 
-ConnectionCallback = Callable[[bool], object]
-
-logger = logging.getLogger("trio_mqtt_driver")
+from ._callbacks import Callbacks
 
 
-class Edges:
+class Edges(Callbacks[bool]):
     """Calls each callback with True when the link comes up and with False when it is lost; never twice the same."""
 
     def __init__(self) -> None:
-        self._callbacks: dict[object, ConnectionCallback] = {}
+        super().__init__("connection", "bool")
         self._up = False
         self._pending: deque[bool] = deque()
-
-    def register(self, callback: ConnectionCallback) -> Callable[[], None]:
-        """Call ``callback`` at each edge from now on; returns the function that ends that, any number of times."""
-        if not callable(callback) or inspect.iscoroutinefunction(callback):
-            raise TypeError(f"callback must be a plain function of one bool, not {callback!r}; nobody would await it")
-        key = object()
-        self._callbacks[key] = callback
-
-        def unregister() -> None:
-            self._callbacks.pop(key, None)
-
-        return unregister
 
     def set(self, up: bool) -> None:
         if up == self._up:
@@ -43,17 +26,7 @@ class Edges:
             return
         try:
             while self._pending:
-                self._call(self._pending[0])
+                self.call(self._pending[0])
                 self._pending.popleft()
         finally:
             self._pending.clear()
-
-    def _call(self, up: bool) -> None:
-        for key in list(self._callbacks):
-            callback = self._callbacks.get(key)  # an earlier one may have unregistered it
-            if callback is None:
-                continue
-            try:
-                callback(up)
-            except Exception:  # one subscriber's bug must not hurt the next, nor the supervisor
-                logger.exception("connection callback %r failed", callback)

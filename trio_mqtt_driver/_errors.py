@@ -17,8 +17,12 @@ class MQTTDriverError(Exception):
 class ConnectError(MQTTDriverError):
     """An attempt to get a usable connection failed: the network, the broker or the settings are at fault.
 
-    The driver tries again by itself; the error is in ``status()``, the history and the log, not raised.
+    The driver tries again by itself; the error is in ``status()``, the history and the log, not raised. Only where it
+    is ``terminal``, the driver stops, and the error leaves the ``async with``.
     """
+
+    terminal: bool = False
+    """Whether the driver has stopped with it, since trying again would not help."""
 
 
 class TransportError(ConnectError):
@@ -28,8 +32,13 @@ class TransportError(ConnectError):
 class TLSError(ConnectError):
     """TLS failed: an expired, rotated or foreign certificate, a wrong host name, no common protocol version.
 
-    The next attempt builds its TLS material afresh, at once.
+    The next attempt builds its TLS material afresh, at once. Only a wrong host name is terminal, if
+    ``TLSConfig(wrong_host="stop")`` says so.
     """
+
+    def __init__(self, message: str, *, terminal: bool = False) -> None:
+        super().__init__(message)
+        self.terminal = terminal
 
 
 class OptionsError(ConnectError):
@@ -55,10 +64,13 @@ class RefusedError(ConnectError):
     ``retry_refusals`` where the broker is known to refuse for a while only.
     """
 
-    def __init__(self, message: str, reason_code: ReasonCode, terminal: bool = False) -> None:
-        super().__init__(message, reason_code, terminal)
+    def __init__(
+        self, message: str, reason_code: ReasonCode, terminal: bool = False, server_reference: str | None = None
+    ) -> None:
+        super().__init__(message, reason_code, terminal, server_reference)
         self.reason_code = reason_code
         self.terminal = terminal
+        self.server_reference = server_reference
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -71,9 +83,10 @@ class ConnectionLostError(MQTTDriverError):
 class ServerDisconnectedError(ConnectionLostError):
     """The broker sent DISCONNECT with a reason code (MQTT 5): session taken over, shutting down, quota, …"""
 
-    def __init__(self, message: str, reason_code: ReasonCode) -> None:
-        super().__init__(message, reason_code)
+    def __init__(self, message: str, reason_code: ReasonCode, server_reference: str | None = None) -> None:
+        super().__init__(message, reason_code, server_reference)
         self.reason_code = reason_code
+        self.server_reference = server_reference
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -83,8 +96,18 @@ class KeepAliveError(ConnectionLostError):
     """PINGREQ was not answered within ``ping_timeout`` and nothing else arrived: the link is half-open."""
 
 
+class SuspendedError(ConnectionLostError):
+    """The machine was suspended for longer than the broker waits for us, and the connection did not survive it.
+
+    ``__cause__`` is what was seen of that: the end of the connection, or a PINGREQ without an answer.
+    """
+
+
 class AckTimeoutError(ConnectionLostError):
-    """A PUBLISH, SUBSCRIBE or UNSUBSCRIBE was not acknowledged in time, so the connection was given up."""
+    """A PUBLISH, SUBSCRIBE or UNSUBSCRIBE was not acknowledged in time, so the connection was given up.
+
+    For a PUBLISH the message says whether the broker answers PINGREQ all the same, or nothing at all.
+    """
 
 
 class ProtocolError(ConnectionLostError, ConnectError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import trio
+
 from ._config import TERMINAL_REFUSALS
 from ._connection import Connection
-from ._errors import OptionsError, ProtocolError, ProtocolVersionError, RefusedError
+from ._errors import OptionsError, ProtocolError, ProtocolVersionError, RefusedError, TransportError
 from ._paho import AuthPacket, ConnAck
 from ._types import ReasonCode
 
@@ -44,7 +46,15 @@ async def handshake(connection: Connection) -> None:
         raise
     except Exception as exc:
         raise OptionsError(f"the authenticator failed: {exc!r}") from exc
-    connection.connected(answer.limits)
+    connection.connected(answer.limits, session_present=answer.session_present)
+
+
+async def handshake_by(connection: Connection, deadline: float) -> None:
+    """The same until ``deadline`` on Trio's clock; then ``TransportError``."""
+    with trio.move_on_at(deadline):
+        return await handshake(connection)
+    config = connection.config
+    raise TransportError(f"no CONNACK from {config.endpoint} in connect_timeout={config.connect_timeout:g} s")
 
 
 def _check(connection: Connection, answer: ConnAck) -> None:
@@ -58,9 +68,12 @@ def _check(connection: Connection, answer: ConnAck) -> None:
         words = f": {answer.limits.reason_string}" if answer.limits.reason_string else ""
         advice = f"; {_ADVICE[code]}" if code in _ADVICE else ""
         raise RefusedError(
-            f"{connection.config.endpoint} refused the connection: {code}{words}{advice}", code, terminal
+            f"{connection.config.endpoint} refused the connection: {code}{words}{advice}",
+            code,
+            terminal,
+            answer.limits.server_reference,
         )
     if code != ReasonCode.SUCCESS:
         raise ProtocolError(f"protocol error: CONNACK with reason code {code} [MQTT-3.2.2-8]")
-    if answer.session_present:
+    if answer.session_present and not connection.session.established:
         raise ProtocolError("protocol error: Session Present after a clean start [MQTT-3.2.2-2]")

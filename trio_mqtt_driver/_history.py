@@ -7,10 +7,13 @@ whole connections.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import attrs
+
+from ._errors import DriverClosedError
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -103,7 +106,7 @@ class Counters:
     """From the stream, all packets."""
     bytes_out: int = 0
     dropped: int = 0
-    """Messages dropped by a subscription's overflow policy."""
+    """Messages dropped by a subscription's overflow policy, or that came when the driver was being left."""
     unrouted: int = 0
     """Messages that matched no subscription."""
     dead_letters: int = 0
@@ -117,6 +120,16 @@ class Counters:
         return attrs.asdict(self)
 
 
+class Listener(Protocol):
+    """What is told of each event. It must neither wait nor raise: whoever records the event runs it."""
+
+    def put(self, event: Event) -> None: ...
+
+    def end(self) -> None:
+        """No event will come any more."""
+        ...
+
+
 class History:
     """The latest ``capacity`` events, and the counters. Iterating goes from the oldest to the latest."""
 
@@ -128,6 +141,9 @@ class History:
         self._events: deque[Event] = deque(maxlen=capacity)
         self._forgotten = 0
         self._last_error: Event | None = None
+        # Weak: a consumer that went away without a word must not be fed for the rest of the driver's life.
+        self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+        self._ended = False
         self.counters = Counters()
 
     def __len__(self) -> int:
@@ -158,7 +174,25 @@ class History:
         self._events.append(event)
         if event.error is not None:
             self._last_error = event
+        for listener in list(self._listeners):
+            listener.put(event)
         return event
+
+    def add_listener(self, listener: Listener) -> None:
+        """Tell it of each event from now on, for as long as somebody else refers to it."""
+        if self._ended:
+            raise DriverClosedError("the driver has closed: there will be no more events")
+        self._listeners.add(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        self._listeners.discard(listener)
+
+    def end(self) -> None:
+        """The driver is closed: the last event is recorded."""
+        self._ended = True
+        for listener in list(self._listeners):
+            listener.end()
+        self._listeners.clear()
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as what JSON has a form for; ``forgotten`` is how many older events there were."""

@@ -1,9 +1,15 @@
-"""QoS 1 and 2 exchanges that are open on one connection, in both directions [MQTT-4.3], [MQTT-4.4]. No I/O here."""
+"""QoS 1 and 2 exchanges that are open in a session, in both directions [MQTT-4.3], [MQTT-4.4]. No I/O here.
+
+With fresh client IDs a session is one connection's, and so are the windows. With a stable ID the outgoing window and
+the record of received QoS 2 identifiers outlive it: what is open is taken up again on the next one.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
+
+import attrs
 
 from ._errors import ProtocolError
 from ._outbox import Outgoing
@@ -12,7 +18,7 @@ from ._types import Message, ReasonCode
 
 
 class PacketIds:
-    """Packet Identifiers of one connection: PUBLISH, SUBSCRIBE and UNSUBSCRIBE share them [MQTT-2.2.1]."""
+    """Packet Identifiers of one session: PUBLISH, SUBSCRIBE and UNSUBSCRIBE share them [MQTT-2.2.1]."""
 
     def __init__(self) -> None:
         self._last = 0
@@ -30,6 +36,10 @@ class PacketIds:
 
     def release(self, packet_id: int) -> None:
         self._used.discard(packet_id)
+
+    def clear(self) -> None:
+        """Another session begins, and no identifier is in use in it."""
+        self._used.clear()
 
 
 class _Line(dict[int, Outgoing]):
@@ -62,6 +72,9 @@ class OutgoingWindow:
         self._sent = _Line()
         self._released = _Line()
         self._unflushed: deque[Outgoing] = deque()
+        self._unsent: dict[int, None] = {}
+        """Identifiers of what an older connection left open, and that was not sent on this one yet."""
+        self._count = 0
         self.size = size
 
     def __len__(self) -> int:
@@ -69,16 +82,65 @@ class OutgoingWindow:
 
     @property
     def free(self) -> int:
-        return self.size - len(self)
+        """How many more the broker takes: what was not sent on this connection does not count [MQTT-4.9.0-1]."""
+        return self.size - len(self) + len(self._unsent)
 
     def add(self, outgoing: Outgoing) -> int:
         """Open an exchange: the Packet Identifier for its PUBLISH."""
         packet_id = self._ids.allocate()
         self._sent[packet_id] = outgoing
+        self._count += 1
+        outgoing.order = self._count
         return packet_id
 
+    def begin_again(self) -> None:
+        """Another connection of this session: everything that is open must be sent on it [MQTT-4.4.0-1].
+
+        First PUBREL in the order of the PUBRECs, then PUBLISH in the order of the first sending [MQTT-4.6.0-1, -4].
+        """
+        self._unsent = dict.fromkeys((*self._released, *self._sent))
+        self._unflushed.clear()
+        self._sent.moved_on = self._released.moved_on = -math.inf
+        for outgoing in (*self._released.values(), *self._sent.values()):
+            outgoing.sent_at = math.inf
+
+    def messages(self) -> list[Outgoing]:
+        """Those that somebody published, in the order of sending."""
+        everything = [*self._released.values(), *self._sent.values()]
+        return sorted((one for one in everything if one.on_settled is not None), key=lambda outgoing: outgoing.order)
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
+
+    @property
+    def may_take_up(self) -> bool:
+        """Whether the next exchange to take up has room: PUBREL needs none [MQTT-4.9.0-3]."""
+        return self.free > 0 or next(iter(self._unsent)) in self._released
+
+    def take_unsent(self) -> tuple[int, Outgoing, bool]:
+        """The next exchange to take up: its identifier, its message, and whether it goes on with PUBREL instead of
+        PUBLISH."""
+        packet_id = next(iter(self._unsent))
+        del self._unsent[packet_id]
+        released = packet_id in self._released
+        return packet_id, (self._released if released else self._sent)[packet_id], released
+
+    def drop(self, packet_id: int) -> None:
+        """Give an exchange up. Of QoS 2 the broker may keep the identifier: it must not be used for another message,
+        which would be taken for this one."""
+        outgoing = self._sent.pop(packet_id)
+        self._unsent.pop(packet_id, None)
+        if outgoing.qos == 1:
+            self._ids.release(packet_id)
+
+    def drop_own(self) -> None:
+        """The connection ended: forget its test publish and the like, which nobody waits for."""
+        for packet_id in [packet_id for packet_id, outgoing in self._sent.items() if outgoing.on_settled is None]:
+            self.drop(packet_id)
+
     def written(self, outgoing: Outgoing, wire_end: int) -> None:
-        """Its PUBLISH is in the write buffer and ends at ``wire_end`` of the bytes of this connection."""
+        """Its PUBLISH or PUBREL is in the write buffer and ends at ``wire_end`` of the bytes of this connection."""
         outgoing.wire_end = wire_end
         outgoing.sent_at = math.inf
         self._unflushed.append(outgoing)
@@ -118,12 +180,14 @@ class OutgoingWindow:
                 self._sent.take(packet_id, now)
                 outgoing.sent_at = now
                 self._released[packet_id] = outgoing
+                self._unsent.pop(packet_id, None)
             return None, encode_ack(PUBREL, packet_id)
         self._sent.take(packet_id, now)
         return self._end(packet_id, outgoing), b""
 
     def _end(self, packet_id: int, outgoing: Outgoing | None) -> Outgoing | None:
         if outgoing is not None:
+            self._unsent.pop(packet_id, None)
             self._ids.release(packet_id)
         return outgoing
 
@@ -131,56 +195,97 @@ class OutgoingWindow:
         """Everything that was not acknowledged, in the order of sending. Leaves the window empty."""
         messages = sorted(
             [*self._released.values(), *self._sent.values()],
-            key=lambda outgoing: outgoing.wire_end,
+            key=lambda outgoing: outgoing.order,
         )
+        for packet_id in (*self._released, *self._sent):
+            self._ids.release(packet_id)
         self._sent.clear()
         self._released.clear()
         self._unflushed.clear()
+        self._unsent.clear()
         return messages
 
 
-class IncomingWindow:
-    """The broker's QoS 1 and 2 publishes that we have not acknowledged yet."""
+@attrs.define(eq=False)
+class Received:
+    """A QoS 2 message of the broker's that was delivered and is not released."""
 
-    def __init__(self, maximum: int) -> None:
+    by: IncomingWindow
+    """That of the connection that brought it."""
+    done: bool = False
+    """Whether the application is done with it."""
+
+
+class IncomingWindow:
+    """The broker's QoS 1 and 2 publishes on one connection that we have not acknowledged yet.
+
+    ``received`` is the session's. A session that goes on repeats what the broker thinks we have not got.
+    """
+
+    def __init__(self, maximum: int, received: dict[int, Received] | None = None) -> None:
         self.maximum = maximum
+        self._received: dict[int, Received] = {} if received is None else received
         self._qos1 = 0
-        self._qos2: dict[int, bool] = {}  # packet identifier -> whether PUBREC is sent
-        self.unprocessed = 0
-        """Those that the application is not done with; the others wait for the broker's PUBREL."""
+        self._qos2: set[int] = set()
+        self._busy: set[int] = set()
 
     def __len__(self) -> int:
         return self._qos1 + len(self._qos2)
+
+    @property
+    def unprocessed(self) -> int:
+        """Those that the application is not done with; the others wait for the broker's PUBREL."""
+        return self._qos1 + len(self._busy)
 
     def publish(self, message: Message[object]) -> tuple[bool, bytes]:
         """Take a QoS 1 or 2 PUBLISH: whether it is new, and what to answer at once if it is not [MQTT-4.3.3-10]."""
         if message.qos == 1:
             self._qos1 += 1
-            self.unprocessed += 1
             return True, b""
-        recorded = self._qos2.get(message.packet_id)
-        if recorded is None:
-            self._qos2[message.packet_id] = False
-            self.unprocessed += 1
-            return True, b""
-        return False, encode_ack(PUBREC, message.packet_id) if recorded else b""
+        packet_id = message.packet_id
+        known = self._received.get(packet_id)
+        if known is not None and not message.dup and packet_id not in self._qos2:
+            # The broker has never sent this before [MQTT-3.3.1-1]: it has lost the exchange that we remember, and uses
+            # its identifier for another message. To take that one for the old one would lose it.
+            known = None
+        self._qos2.add(packet_id)
+        if known is not None and known.done:
+            return False, encode_ack(PUBREC, packet_id)
+        self._busy.add(packet_id)
+        if known is not None:
+            return False, b""
+        self._received[packet_id] = Received(self)
+        return True, b""
+
+    def keeps(self, packet_id: int) -> bool:
+        """Whether the session still knows the QoS 2 message that this connection brought."""
+        known = self._received.get(packet_id)
+        return known is not None and known.by is self
 
     def acknowledge(self, message: Message[object]) -> bytes:
         """The message was processed: the PUBACK or PUBREC to send."""
-        self.unprocessed -= 1
         if message.qos == 1:
             self._qos1 -= 1
             return encode_ack(PUBACK, message.packet_id)
-        self._qos2[message.packet_id] = True
-        return encode_ack(PUBREC, message.packet_id)
+        return self.acknowledge_2(message.packet_id)
+
+    def acknowledge_2(self, packet_id: int) -> bytes:
+        """The same for a QoS 2 message, which an older connection may have brought: then there is nothing to send
+        until this one has brought it, too."""
+        self._received[packet_id].done = True
+        if packet_id not in self._busy:
+            return b""
+        self._busy.discard(packet_id)
+        return encode_ack(PUBREC, packet_id)
 
     def release(self, packet_id: int, version: int) -> bytes:
         """Take a PUBREL: the PUBCOMP to send."""
-        recorded = self._qos2.get(packet_id)
-        if recorded is False:
+        known = self._received.get(packet_id)
+        if known is not None and not known.done:
             raise ProtocolError(f"protocol error: PUBREL for packet identifier {packet_id} before its PUBREC")
-        if recorded is None:
+        if known is None:
             code = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND if version == 5 else ReasonCode.SUCCESS
             return encode_ack(PUBCOMP, packet_id, code)
-        del self._qos2[packet_id]
+        del self._received[packet_id]
+        self._qos2.discard(packet_id)
         return encode_ack(PUBCOMP, packet_id)

@@ -56,7 +56,7 @@ class Lifespan:
     ) -> AsyncGenerator[None, None]:
         """Run ``services`` around the body, which begins after ``ready()``.
 
-        ``stop(graceful)`` ends them: it must bound itself, and is shielded. ``graceful`` is False if the body raised.
+        ``stop(graceful)`` ends them: it must bound itself, and is shielded. ``graceful`` is False if they failed.
         """
         body_error: BaseException | None = None
         try:
@@ -70,7 +70,7 @@ class Lifespan:
                     body_error = exc
                 try:
                     with trio.CancelScope(shield=True):
-                        await self._stop(stop, graceful=body_error is None and self._error is None)
+                        await self._stop(stop, graceful=self._error is None)
                 finally:
                     # Whatever happens in between, Ctrl-C too: nothing else would end what is shielded.
                     self._services.cancel(reason="the driver is left")

@@ -15,7 +15,8 @@ import attrs
 import trio
 
 from ._errors import OutboxFullError
-from ._types import PublishResult
+from ._properties import decode_publish_block
+from ._types import PublishProperties, PublishResult
 
 _OVERHEAD = 200
 """Bytes that an accepted message costs besides its topic, payload and properties, roughly."""
@@ -37,6 +38,8 @@ class Outgoing:
     sent_at: float = math.inf
     """When its last byte left for the network; not before that can an acknowledgement be overdue."""
     wire_end: int = 0
+    order: int = 0
+    """Among the messages of QoS 1 and 2 of its session."""
     queued: bool = False
     """Whether it is in the outbox and not on a connection."""
     result: PublishResult | None = None
@@ -52,6 +55,16 @@ class Outgoing:
     def size(self) -> int:
         """Bytes that it counts for in the outbox."""
         return len(self.raw_topic) + len(self.payload) + len(self.properties) + _OVERHEAD
+
+    def undelivered(self) -> Undelivered:
+        return Undelivered(
+            topic=self.topic,
+            payload=self.payload,
+            qos=self.qos,
+            retain=self.retain,
+            properties=decode_publish_block(self.properties),
+            attempts=self.attempts,
+        )
 
     async def wait(self) -> PublishResult:
         if not self.done:
@@ -77,6 +90,22 @@ class Outgoing:
             self._event.set()
         if self.on_settled is not None:
             self.on_settled(self)
+
+
+@attrs.frozen(kw_only=True)
+class Undelivered:
+    """A message that was accepted and is not acknowledged.
+
+    With 0 ``attempts`` it has not left; else nobody knows whether it arrived.
+    """
+
+    topic: str
+    payload: bytes = attrs.field(repr=False)
+    qos: int
+    retain: bool
+    properties: PublishProperties
+    attempts: int
+    """On how many connections it was sent."""
 
 
 class Receipt:
@@ -204,10 +233,11 @@ class Outbox:
                 self._empty = trio.Event()
             await self._empty.wait()
 
-    def close(self, error: Callable[[Outgoing], Exception]) -> int:
-        """Settle everything that waits with ``error(outgoing)``; returns how many that were."""
-        left = 0
+    def waiting(self) -> list[Outgoing]:
+        """What waits, oldest first."""
+        return [outgoing for outgoing in self._queue if not outgoing.done]
+
+    def close(self, error: Callable[[Outgoing], Exception]) -> None:
+        """Settle everything that waits with ``error(outgoing)``."""
         while (outgoing := self.take()) is not None:
             outgoing.settle(error(outgoing))
-            left += 1
-        return left

@@ -141,11 +141,11 @@ class _Client(mqtt.Client):
         return self.next_packet_id()
 
 
-def _make_client(client_id: str, version: int) -> _Client:
+def _make_client(client_id: str, version: int, clean_start: bool) -> _Client:
     protocol = mqtt.MQTTv5 if version == 5 else mqtt.MQTTv311
     arguments: dict[str, Any] = {"client_id": client_id, "protocol": protocol, "reconnect_on_failure": False}
     if version != 5:
-        arguments["clean_session"] = True
+        arguments["clean_session"] = clean_start
     if _PAHO_2:
         arguments["callback_api_version"] = cast(Any, mqtt).CallbackAPIVersion.VERSION2
     return _Client(**arguments)
@@ -170,14 +170,16 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         *,
         client_id: str,
         version: int,
+        clean_start: bool,
         next_packet_id: Callable[[], int],
         loops: tuple[Callable[[], Awaitable[None]], Callable[[], Awaitable[None]], Callable[[], Awaitable[None]]],
     ) -> None:
         self._version5 = version == 5
+        self._clean_start = clean_start
         self._pipe = _Pipe()
         self._events: list[ControlEvent] = []
         self._read, self._write, self._misc = loops
-        client = _make_client(client_id, version)
+        client = _make_client(client_id, version, clean_start)
         client.pipe = self._pipe
         client.next_packet_id = next_packet_id
         super().__init__(client, nursery, max_buffer=0)
@@ -224,17 +226,18 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         return data
 
     def connect_packet(self, config: DriverConfig, authentication: tuple[str, bytes | None] | None) -> bytes:
-        """CONNECT with a clean start [MQTT-3.1]."""
+        """CONNECT [MQTT-3.1]."""
         if config.username is not None:
             self._client.username_pw_set(config.username, cast(str, config.password))
-        if config.will is not None:
-            self._set_will(config.will)
+        if config.last_will is not None:
+            self._set_will(config.last_will)
         if not self._version5:
             self._client.connect("memory", 1883, config.keep_alive)
             return self.take_output()
         properties = _properties(
             PacketTypes.CONNECT,
             {
+                "SessionExpiryInterval": config.session_expiry if config.stable_id else None,
                 "ReceiveMaximum": config.receive_maximum,
                 "MaximumPacketSize": config.maximum_packet_size,
                 "TopicAliasMaximum": config.topic_alias_maximum or None,
@@ -245,7 +248,7 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
             },
             config.connect_user_properties,
         )
-        self._client.connect("memory", 1883, config.keep_alive, clean_start=True, properties=properties)
+        self._client.connect("memory", 1883, config.keep_alive, clean_start=self._clean_start, properties=properties)
         return self.take_output()
 
     def _set_will(self, will: Will) -> None:
@@ -290,9 +293,12 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         _, packet_id = self._client.unsubscribe(list(filters))
         return cast(int, packet_id), self.take_output()
 
-    def disconnect_packet(self) -> bytes:
+    def disconnect_packet(self, *, end_session: bool) -> bytes:
         """DISCONNECT; the broker discards the will [MQTT-3.14.4-3]."""
-        self._client.disconnect()
+        if self._version5 and end_session:
+            self._client.disconnect(properties=_properties(PacketTypes.DISCONNECT, {"SessionExpiryInterval": 0}))
+        else:
+            self._client.disconnect()
         return self.take_output()
 
     def auth_packet(self, method: str, data: bytes | None) -> bytes:

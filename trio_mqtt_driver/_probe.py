@@ -48,12 +48,13 @@ async def _ping(connection: Connection) -> str:
 
 
 async def _publish(connection: Connection, topic: str) -> None:
+    await connection.sender.wait_room()
     now = trio.current_time()
     outgoing = Outgoing(topic, check_topic(topic, "probe_topic"), connection.client_id.encode(), 1, False, b"\0", now)
     error = publish_error(connection.limits, outgoing)
     if error is not None:
         raise ProbeError(f"the test publish to {topic!r} is not possible: {error}") from error
-    connection.send(outgoing)
+    connection.sender.send(outgoing)
     try:
         result = await outgoing.wait()
     except PublishRefusedError as exc:
@@ -103,7 +104,7 @@ async def sends_copies(connection: Connection) -> bool:
         if not any(code.is_failure for code in codes):
             for payload in (b"1", b"2"):
                 now = trio.current_time()
-                connection.send(Outgoing(topic, check_topic(topic), payload, 0, False, b"\0", now))
+                connection.sender.send(Outgoing(topic, check_topic(topic), payload, 0, False, b"\0", now))
             await connection.within(timeout, both)
         await connection.within(timeout, connection.unsubscribe(filters))
     except trio.TooSlowError:

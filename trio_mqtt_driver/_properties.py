@@ -150,6 +150,13 @@ def decode_publish_properties(data: bytes, pos: int, end: int) -> PublishPropert
     )
 
 
+def decode_publish_block(block: bytes) -> PublishProperties:
+    """The same of a whole block that we have encoded."""
+    reader = _Reader(block, 0, len(block))
+    length = reader.varint()
+    return decode_publish_properties(block, len(block) - length, len(block))
+
+
 def decode_reason_string(data: bytes, pos: int, end: int) -> str | None:
     """The Reason String among the properties of an acknowledgement, length included; None if there is none."""
     reader = _Reader(data, pos, end)

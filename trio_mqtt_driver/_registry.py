@@ -76,6 +76,8 @@ class Registration(Generic[M]):
     generation: int = 0
     """The one that answered last."""
     revision: int = 0
+    renew: bool = False
+    """Whether it is sent on each connection, even if the session goes on: somebody needs the retained messages."""
     told: bool = False
     """Whether a SUBSCRIBE for it went to the present session."""
     answered: int = 0
@@ -251,6 +253,20 @@ class Registry(Generic[M]):
         for registration in self:
             registration.told = False
             self._make_due(registration)
+
+    def resume(self, *, everything: bool) -> None:
+        """The session of before: what it has not answered, and what it refused, is asked for again.
+
+        With ``everything`` all the others are, too: it may be another session.
+        """
+        for registration in self:
+            if everything or registration.renew or registration.standing in (Standing.SENT, Standing.REFUSED):
+                self._make_due(registration)
+
+    @property
+    def due(self) -> int:
+        """How many filters the broker must be told."""
+        return len(self._due)
 
     async def wait_work(self) -> None:
         """Return when something is due."""

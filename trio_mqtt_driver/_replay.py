@@ -34,8 +34,9 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
             if registry.leaving:
                 continue
             return
-        if connection.copies is None and registry.overlapping and not connection.marks_copies:
-            connection.copies = await sends_copies(connection)
+        session = connection.session
+        if session.copies is None and registry.overlapping and not connection.marks_copies:
+            session.copies = await sends_copies(connection)
         for start in range(0, len(batches), _WAVE):
             await _subscribe(connection, registry, batches[start : start + _WAVE])
 

@@ -133,6 +133,8 @@ class StateView(Generic[T]):
         except BaseException:
             self._unregister()
             raise
+        assert self._subscription.registration is not None
+        self._subscription.registration.renew = True
         return self
 
     async def __aexit__(
@@ -224,9 +226,9 @@ class StateView(Generic[T]):
 
     def _is_of_the_present(self, message: Message[T]) -> bool:
         """Whether it came from the connection that is up or being made; the first of that one empties the view."""
-        if message._stale:  # pyright: ignore[reportPrivateUsage]  # within the package
+        source = message._source  # pyright: ignore[reportPrivateUsage]  # within the package
+        if source is not None and source.ended:
             return False
-        source = message._source  # pyright: ignore[reportPrivateUsage]
         if source is not self._source:
             self._reset()
             self._source = source

@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from ._endpoints import EndpointHealth
 from ._history import Event
 from ._types import State
 
@@ -41,6 +42,8 @@ class Status:
     unacknowledged: int
     """Incoming messages whose handlers have not finished."""
     counters: dict[str, int]
+    endpoints: tuple[EndpointHealth, ...]
+    """In order of preference."""
     history: tuple[Event, ...]
 
     def as_dict(self) -> dict[str, Any]:

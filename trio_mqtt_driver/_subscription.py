@@ -130,6 +130,15 @@ class Subscription(Generic[T]):
             queued=len(self._queue),
         )
 
+    @property
+    def unprocessed(self) -> int:
+        """Messages that are queued, or handed out and not done with."""
+        return len(self._queue) + (self._handed_out is not None or self._burying)
+
+    @property
+    def idle(self) -> bool:
+        return not self.unprocessed
+
     # -- the filling end ----------------------------------------------------------------------------------------------
 
     @property
@@ -194,6 +203,7 @@ class Subscription(Generic[T]):
                 while not self._queue:
                     if self._closed:
                         raise DriverClosedError(f"the subscription of {self.topic_filter!r} is ended")
+                    self._changed(self)
                     self._arrived = trio.Event()
                     await self._arrived.wait()
                 message: Message[T] = self._queue.popleft()

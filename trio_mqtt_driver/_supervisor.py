@@ -14,38 +14,38 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import trio
 
+from ._attempts import Attempts
+from ._availability import Presence
 from ._backoff import Backoff, Delay
-from ._client_id import ClientIds
-from ._config import Attempt, DriverConfig, Endpoint
+from ._config import Attempt, DriverConfig
 from ._connection import Connection
+from ._dialer import Dialer
 from ._edges import Edges
 from ._errors import (
-    ConnectionLostError,
+    ConnectError,
     DriverClosedError,
     MQTTDriverError,
-    OptionsError,
-    ProtocolVersionError,
-    RefusedError,
+    ServerDisconnectedError,
     TLSError,
-    TransportError,
 )
-from ._handshake import handshake
+from ._failover import Failover
+from ._handshake import handshake_by
 from ._history import History
 from ._inbox import Inbox
-from ._outbox import Outbox
+from ._outbox import Outbox, Outgoing
 from ._probe import probe
 from ._registry import Registry, Standing
 from ._replay import synchronise
 from ._states import States
 from ._status import Status
-from ._transport import open_stream
-from ._types import Diagnosis, State
+from ._types import Diagnosis, ReasonCode, State
+from ._versions import Versions
 
 logger = logging.getLogger("trio_mqtt_driver")
 
@@ -65,36 +65,53 @@ class Supervisor:
         outbox: Outbox,
         history: History,
         edges: Edges,
+        before_rebuild: Callable[[Attempt], None],
+        presence: Presence | None,
         rng: random.Random,
-        on_terminal: Callable[[RefusedError], None],
+        on_terminal: Callable[[ConnectError], None],
     ) -> None:
-        self.config = config
         self.generation = 0
-        self.connection: Connection | None = None
-        """The one that is being made or is live."""
-        self.terminal: RefusedError | None = None
+        self.terminal: ConnectError | None = None
         self._registry = registry
-        self._inbox = inbox
         self._outbox = outbox
         self._history = history
         self._edges = edges
+        self._before_rebuild = before_rebuild
+        self._presence = presence
         self._rng = rng
         self._on_terminal = on_terminal
         self._backoff = Backoff(config.backoff, rng)
-        self._ids = ClientIds(config.client_id, config.wall_clock, config.client_id_factory)
-        self._ids_key = (config.client_id, config.client_id_factory)
-        self._only_3_1_1: set[Endpoint] = set()
-        self._spoke_5: set[Endpoint] = set()
+        self._attempts = Attempts(config)
+        self._versions = Versions()
+        self._failover = Failover(self._attempts, self._versions)
+        self._dialer = Dialer(
+            self._attempts,
+            self._versions,
+            inbox=inbox,
+            outbox=outbox,
+            counters=history.counters,
+            on_downgrade=partial(self.note, "downgrade"),
+            on_remark=partial(self._record, "clock"),
+        )
         self._states = States()
         self._wake = trio.Event()
         self._held: str | None = None
         self._resumed = trio.Event()
         self._end_session = trio.Event()
         self._attempt_scope = trio.CancelScope()
-        self._attempts = 0
         self._next_attempt_at = math.inf
         self._live_since = math.inf
         self._closing = False
+
+    @property
+    def config(self) -> DriverConfig:
+        """The settings in force."""
+        return self._attempts.config
+
+    @property
+    def connection(self) -> Connection | None:
+        """The one that is being made or is live."""
+        return self._dialer.connection
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -129,6 +146,10 @@ class Supervisor:
         )
         return event.text
 
+    def note(self, kind: str, text: str, level: int = logging.INFO) -> None:
+        """Something that changes no state: recorded and logged."""
+        logger.log(level, "%s: %s", self.config.client_id, self._record(kind, text))
+
     async def wait_state(self, wanted: frozenset[State]) -> State:
         """The first of ``wanted`` to come. Raises ``DriverClosedError`` or the terminal refusal if none will."""
         reached = await self._states.wait(wanted)
@@ -161,152 +182,82 @@ class Supervisor:
                     error = await self._attempt()
                 if self._closing:
                     break
-                if isinstance(error, RefusedError) and error.terminal:
+                if isinstance(error, ConnectError) and error.terminal:
                     self.terminal = error
                     self._to(State.CLOSING, f"stopped for good: {error}", error)
                     self._on_terminal(error)
                     break
                 await self._back_off(error)
         finally:
+            self._dialer.end_session()
             if self.state is not State.CLOSING:
                 self._to(State.CLOSING, "closing")
             self._to(State.CLOSED, "closed")
 
     async def _attempt(self) -> MQTTDriverError | None:
         """One attempt, and the life of the connection that it becomes: why it ended, None if we ended it."""
-        self._attempts += 1
         self._history.counters.attempts += 1
-        self._to(State.CONNECTING, f"connecting to {self.config.endpoint} (attempt {self._attempts})")
+        attempt = self._attempts.next(self._failover.aim(), self.generation + 1, self._history.last_error)
+        self._to(State.CONNECTING, f"connecting to {attempt.config.endpoint} (attempt {attempt.number})")
+        if self._history.counters.attempts > 1:
+            self._before_rebuild(attempt)
+            await trio.lowlevel.checkpoint_if_cancelled()  # a callback may have given the attempt up
         try:
-            config = await self._make_options()
-            if config.protocol == "5" or config.authenticator is not None:  # 3.1.1 would go in without it
-                return await self._connect(config, 5)
-            if config.protocol == "3.1.1" or config.endpoint in self._only_3_1_1:
-                return await self._connect(config, 4)
-            error = await self._connect(config, 5)
-            if self.state is not State.CONNECTING or not self._may_be_3_1_1(error, config.endpoint):
-                return error
-            if isinstance(error, ProtocolVersionError):
-                self._only_3_1_1.add(config.endpoint)
-            text = f"{config.endpoint} does not take MQTT 5 ({error}), trying 3.1.1"
-            self._record("downgrade", text)
-            logger.info("%s: %s", self.config.client_id, text)
-            return await self._connect(config, 4)
+            await self._dialer.dial(attempt, self._live, still_connecting=lambda: self.state is State.CONNECTING)
         except MQTTDriverError as exc:
             return exc
+        return None
 
-    def _may_be_3_1_1(self, error: MQTTDriverError | None, endpoint: Endpoint) -> bool:
-        # Some 3.1.1 brokers just close. A broker that is going down does so, too: only the plain answer is remembered,
-        # and one that has spoken MQTT 5 must not end up with 3.1.1 since it came back between the two tries.
-        if isinstance(error, ProtocolVersionError):
-            return True
-        return type(error) is ConnectionLostError and endpoint not in self._spoke_5
-
-    async def _make_options(self) -> DriverConfig:
-        config = self.config
-        if config.options_factory is None:
-            return config
-        attempt = Attempt(
-            config=config,
-            number=self._attempts,
-            generation=self.generation + 1,
-            last_error=self._history.last_error,
-        )
-        with trio.move_on_after(config.factory_timeout):
-            try:
-                made = config.options_factory(attempt)
-                if not isinstance(made, Awaitable):  # pyright: ignore[reportUnnecessaryIsInstance]
-                    raise OptionsError(
-                        f"options_factory must be an async function, but it returned a {type(made).__name__}"
-                    )
-                options = await made
-            except OptionsError:
-                raise
-            except Exception as exc:  # whatever the application's code raises is one failed attempt
-                raise OptionsError(f"options_factory failed: {exc!r}") from exc
-            if not isinstance(options, DriverConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise OptionsError(f"options_factory must return a DriverConfig, not {type(options).__name__}")
-            return options
-        raise OptionsError(f"options_factory took longer than factory_timeout={config.factory_timeout:g} s")
-
-    async def _connect(self, config: DriverConfig, version: int) -> MQTTDriverError | None:
-        deadline = trio.current_time() + config.connect_timeout
-        client_id = self._make_client_id(config)
-        stream: trio.abc.Stream | None = None
-        with trio.move_on_at(deadline):
-            stream = await open_stream(config)
-        if stream is None:
-            raise TransportError(
-                f"{config.endpoint} could not be reached within connect_timeout={config.connect_timeout:g} s"
-            )
-        self.connection = connection = Connection(
-            stream,
-            config,
-            version=version,
-            client_id=client_id,
-            generation=self.generation + 1,
-            inbox=self._inbox,
-            outbox=self._outbox,
-            counters=self._history.counters,
-        )
-        try:
-            await connection.run(partial(self._session, deadline=deadline))
-        finally:
-            self.connection = None
-        return connection.cause
-
-    def _make_client_id(self, config: DriverConfig) -> str:
-        key = (config.client_id, config.client_id_factory)
-        if key != self._ids_key:
-            # A base may come back after another: the times go on, so that the IDs still do not repeat.
-            self._ids = ClientIds(config.client_id, config.wall_clock, config.client_id_factory, previous=self._ids)
-            self._ids_key = key
-        try:
-            return self._ids.make(self.generation + 1)
-        except Exception as exc:  # the application's client_id_factory
-            raise OptionsError(f"client_id_factory failed: {exc}") from exc
-
-    async def _session(self, connection: Connection, *, deadline: float) -> None:
+    async def _live(self, connection: Connection, deadline: float) -> None:
         """What happens on a connection, in order; runs in its child nursery."""
+        await handshake_by(connection, deadline)
         config = connection.config
-        with trio.move_on_at(deadline) as scope:
-            await handshake(connection)
-        if scope.cancelled_caught:
-            raise TransportError(f"no CONNACK from {config.endpoint} in connect_timeout={config.connect_timeout:g} s")
+        self._versions.spoke(config, connection.version)
+        self._dialer.adopt(connection.session)
+        if connection.resumed:
+            self._registry.resume(everything=connection.in_doubt)
+        else:  # At once: the next attempt may find this session there, without its subscriptions.
+            self._registry.begin()
         version = "5" if connection.version == 5 else "3.1.1"
-        if connection.version == 5:
-            self._spoke_5.add(config.endpoint)
-        self._to(State.VALIDATING, f"connected to {config.endpoint} with MQTT {version} as {connection.client_id!r}")
+        resumed = ", session present" if connection.resumed else ""
+        self._to(
+            State.VALIDATING,
+            f"connected to {config.endpoint} with MQTT {version} as {connection.client_id!r}{resumed}",
+        )
         # The broker holds our will from here on: whoever gives the connection up now ends this scope only, so that
         # DISCONNECT still goes out.
         with trio.CancelScope() as self._attempt_scope:
             await self._serve(connection)
         with trio.move_on_after(config.disconnect_timeout):
-            await connection.disconnect()
+            if self._presence is not None:
+                await self._presence.farewell(connection)
+            await connection.disconnect(end_session=self._closing)
 
     async def _serve(self, connection: Connection) -> None:
         """From CONNACK on, until somebody wants another connection or none."""
         words = await probe(connection)
-        self._registry.begin()
-        self._to(State.REPLAYING, f"{words}; replaying {len(self._registry)} subscriptions")
+        due = self._registry.due
+        self._to(State.REPLAYING, f"{words}; replaying {due} subscriptions")
         if self.generation:
-            self._history.counters.replays += len(self._registry)
+            self._history.counters.replays += due
         await synchronise(connection, self._registry)
         # The last answer may have come together with a cancellation: a link that is given up must not go live.
         await trio.lowlevel.checkpoint_if_cancelled()
         self._go_live(connection)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_synchronised, connection)
-            with trio.move_on_after(connection.config.backoff.stable_after):
+            nursery.start_soon(self._look_for_better)
+            with trio.move_on_after(self._backoff.stable_after):
                 await self._end_session.wait()
             if not self._end_session.is_set():
                 self._backoff.stable()
+                self._failover.stable()
                 await self._end_session.wait()
             nursery.cancel_scope.cancel(reason="the driver ends this connection")
 
     def _go_live(self, connection: Connection) -> None:
         self.generation += 1
-        self._attempts = 0
+        self._attempts.number = 0
         self._wake = trio.Event()  # what asked for this link is done; it must not shorten a later wait
         self._history.counters.connections += 1
         refused = self._registry.degraded
@@ -323,6 +274,9 @@ class Supervisor:
             f"live: generation {self.generation}, {len(self._registry)} subscriptions{degraded}, "
             f"{len(self._outbox)} messages waiting",
         )
+        self._failover.live(connection.config.endpoint)
+        if self._presence is not None:
+            self._presence.birth(connection)
         connection.go_live()
 
     async def _keep_synchronised(self, connection: Connection) -> None:
@@ -333,26 +287,41 @@ class Supervisor:
             except MQTTDriverError as exc:
                 connection.fail(exc)
 
+    async def _look_for_better(self) -> None:
+        endpoint = await self._failover.wait_better(self.generation + 1)
+        if endpoint is not None:
+            self._replace(f"{endpoint} is back and preferred")
+
     async def _back_off(self, error: MQTTDriverError | None) -> None:
         """Wait before the next attempt, as long as the back-off says or until somebody asks for it now."""
-        if self.state in (
-            State.BACKING_OFF,
-            State.PAUSED,
-        ):  # force_reconnect, apply_settings, pause
+        if error is None or self.state in (State.BACKING_OFF, State.PAUSED):  # somebody asked for another one, or none
+            self._failover.ended(self._dialer.endpoint, None)
+            if self.state not in (State.BACKING_OFF, State.PAUSED):
+                self._to(State.BACKING_OFF, "attempt abandoned")
             return
-        if error is None:  # the same, before the link was live
-            self._to(State.BACKING_OFF, "attempt abandoned")
-            return
-        if self.state is State.LIVE:
+        live = self.state is State.LIVE
+        if live:
             self._history.counters.losses += 1
-            what = "connection lost"
-            delay = self._backoff.lost(trio.current_time(), trio.current_time() - self._live_since)
         else:
             self._history.counters.failures += 1
+        if self._failover.refer(self._dialer.endpoint, error):
+            self._to(State.BACKING_OFF, f"following the broker's reference: {error}", error)
+            return
+        fresh = self._failover.ended(self._dialer.endpoint, error)
+        now = trio.current_time()
+        if live:
+            what = "connection lost"
+            taken_over = (
+                isinstance(error, ServerDisconnectedError) and error.reason_code == ReasonCode.SESSION_TAKEN_OVER
+            )
+            delay = self._backoff.lost(now, now - self._live_since, taken_over=taken_over)
+        else:
             what = "attempt failed"
             delay = self._backoff.failed(retry_at_once=isinstance(error, TLSError))
+        if fresh and delay.paused:  # A broker that is back must not wait for a pause for each one that is still down.
+            delay = Delay(min(delay.seconds, self.config.backoff.start))
         self._enter_back_off(what, delay, error)
-        self._next_attempt_at = trio.current_time() + delay.seconds
+        self._next_attempt_at = now + delay.seconds
         with trio.move_on_at(self._next_attempt_at):
             await self._wake.wait()
         self._next_attempt_at = math.inf
@@ -381,22 +350,27 @@ class Supervisor:
         """Connect anew at once; False if the link is live and shall stay."""
         self._check_open()
         if self.state is State.LIVE and not even_if_live:
-            text = f"reconnect asked for ({reason}), but the link is live: nothing to do"
-            self._record("force reconnect", text)
-            logger.info("%s: %s", self.config.client_id, text)
+            self.note("force reconnect", f"reconnect asked for ({reason}), but the link is live: nothing to do")
             return False
         self._held = None
         self._resumed.set()
         self._backoff.reset()
+        self._failover.reset()
         self._record("force reconnect", f"reconnecting at once: {reason}")
         if self.state is State.LIVE:
-            # The state changes here and not in the supervisor's task, so that wait_live() called next waits.
-            self._to(State.BACKING_OFF, f"reconnecting: {reason}")
-            self._end_session.set()
+            self._replace(reason)
         elif even_if_live and self.state not in (State.BACKING_OFF, State.PAUSED):
             self._attempt_scope.cancel(reason=f"reconnecting: {reason}")
         self._wake.set()
         return True
+
+    def _replace(self, reason: str) -> None:
+        """Give the live link up for another one.
+
+        The state changes here and not in the supervisor's task, so that wait_live() called next waits.
+        """
+        self._to(State.BACKING_OFF, f"reconnecting: {reason}")
+        self._end_session.set()
 
     def pause(self, reason: str) -> None:
         """Give the link up, whatever its state, and make no other until somebody asks for it."""
@@ -423,10 +397,10 @@ class Supervisor:
     def apply_settings(self, config: DriverConfig) -> None:
         """Use other settings from now on; subscriptions and queued messages stay."""
         self._check_open()
-        self.config = config
+        self._attempts.config = config
         self._backoff = Backoff(config.backoff, self._rng)
-        self._only_3_1_1.clear()
-        self._spoke_5.clear()
+        self._versions.forget()
+        self._failover.configure()
         if self._held is None:
             self.force_reconnect("settings changed", even_if_live=True)
         else:
@@ -436,14 +410,8 @@ class Supervisor:
         if self._closing or self.state in (State.CLOSING, State.CLOSED):
             raise DriverClosedError("the driver was left")
 
-    async def close(self, *, drain: bool) -> None:
-        """End the connection with DISCONNECT if it is live, at once if not; with ``drain`` after what is still out.
-
-        The caller bounds it, and cancels ``run`` afterwards.
-        """
-        if drain and self.state is State.LIVE:
-            with trio.move_on_after(self.config.drain_timeout):
-                await self._outbox.wait_empty()
+    async def close(self) -> None:
+        """End the connection with DISCONNECT. The caller bounds it, and cancels ``run`` afterwards."""
         self._closing = True
         if self.state is State.LIVE:
             self._end_session.set()
@@ -453,6 +421,12 @@ class Supervisor:
         self._resumed.set()
         await self._states.wait(_CLOSED)
 
+    @property
+    def undelivered(self) -> list[Outgoing]:
+        """What was accepted and is not acknowledged, oldest first."""
+        waiting = [*self._dialer.session.outgoing.messages(), *self._outbox.waiting()]
+        return [outgoing for outgoing in waiting if not outgoing.done]
+
     def diagnosis(self) -> Diagnosis:
         connection = self.connection
         return Diagnosis(
@@ -460,7 +434,7 @@ class Supervisor:
             generation=self.generation,
             since_last_byte=None if connection is None else trio.current_time() - connection.deadlines.heard_at,
             queued=len(self._outbox),
-            in_flight=0 if connection is None else connection.in_flight,
+            in_flight=len(self._dialer.session.outgoing),
             last_error=self._history.last_error,
         )
 
@@ -482,8 +456,9 @@ class Supervisor:
             subscriptions=sum(1 for one in self._registry if one.standing is Standing.GRANTED),
             degraded=tuple((one.topic_filter, str(one.reason_code)) for one in self._registry.degraded),
             queued=len(self._outbox),
-            in_flight=0 if connection is None else connection.in_flight,
+            in_flight=len(self._dialer.session.outgoing),
             unacknowledged=0 if connection is None else connection.unacknowledged,
             counters=self._history.counters.as_dict(),
+            endpoints=self._failover.health(),
             history=tuple(self._history),
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import pathlib
 import ssl
+from typing import Literal
 
 import attrs
 from attrs.validators import optional
 
-from ._validators import instance, text
+from ._validators import instance, one_of, text
 
 Path = str | os.PathLike[str]
 
@@ -25,6 +26,9 @@ class TLSConfig:
     ``server_hostname`` replaces the endpoint's host in SNI and in the check of the broker's certificate.
     ``check_hostname=False`` accepts any name in a trusted certificate; ``verify=False`` accepts any certificate with
     any name, which leaves the link open to whoever can answer at that address.
+
+    ``wrong_host`` is for a certificate with other names than the one that is asked for. ``"retry"`` takes it for any
+    other TLS failure: the broker's next certificate may be right. ``"stop"`` ends the driver with that ``TLSError``.
     """
 
     ca_file: Path | None = attrs.field(default=None, validator=_path)
@@ -36,6 +40,7 @@ class TLSConfig:
     server_hostname: str | None = attrs.field(default=None, validator=text)
     check_hostname: bool = attrs.field(default=True, validator=instance(bool))
     verify: bool = attrs.field(default=True, validator=instance(bool))
+    wrong_host: Literal["retry", "stop"] = attrs.field(default="retry", validator=one_of("retry", "stop"))
     minimum_version: ssl.TLSVersion = attrs.field(default=ssl.TLSVersion.TLSv1_2, validator=instance(ssl.TLSVersion))
     alpn_protocols: tuple[str, ...] = attrs.field(default=(), validator=instance(tuple))
 

@@ -16,6 +16,9 @@ from ._tls import TLSConfig
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
+_WRONG_HOST = (62, 64)
+"""OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH, which Python's ``ssl`` does not name."""
+
 
 async def open_stream(config: DriverConfig) -> trio.abc.Stream:
     """Open the byte stream of one connection. Cancellable; the caller sets the deadline.
@@ -27,7 +30,7 @@ async def open_stream(config: DriverConfig) -> trio.abc.Stream:
         try:
             return await config.open_stream(endpoint)
         except Exception as exc:  # whatever the application's code raises is one failed attempt
-            raise lost(exc, f"connecting to {endpoint}") from exc
+            raise lost(exc, f"connecting to {endpoint}", config.tls) from exc
     try:
         if endpoint.scheme == "unix":
             return await trio.open_unix_socket(endpoint.path)
@@ -45,11 +48,18 @@ async def open_stream(config: DriverConfig) -> trio.abc.Stream:
         await secure.do_handshake()
     except (trio.BrokenResourceError, OSError, ValueError) as exc:  # ValueError: no name that SNI can carry
         await trio.aclose_forcefully(stream)
-        raise lost(exc, f"TLS handshake with {endpoint}") from exc
+        raise lost(exc, f"TLS handshake with {endpoint}", config.tls) from exc
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
     return secure
+
+
+async def open_stream_by(config: DriverConfig, deadline: float) -> trio.abc.Stream:
+    """The same until ``deadline`` on Trio's clock."""
+    with trio.move_on_at(deadline):
+        return await open_stream(config)
+    raise TransportError(f"{config.endpoint} could not be reached within connect_timeout={config.connect_timeout:g} s")
 
 
 async def _make_context(tls: TLSConfig) -> ssl.SSLContext:
@@ -61,19 +71,31 @@ async def _make_context(tls: TLSConfig) -> ssl.SSLContext:
         raise OptionsError(f"TLS material cannot be read: {exc}; look at the files of {tls!r}") from exc
 
 
-def lost(exc: BaseException, doing: str) -> MQTTDriverError:
-    """The error for what Trio's stream raised while ``doing`` something on it.
+def lost(exc: BaseException, doing: str, tls: TLSConfig | None = None) -> MQTTDriverError:
+    """The error for what Trio's stream raised while ``doing`` something on it; ``tls`` decides what is terminal.
 
     An ``ssl.SSLError`` hides behind ``BrokenResourceError``, and is itself an ``OSError``: it is looked for first.
     """
     cause: BaseException | None = exc
     while cause is not None:
         if isinstance(cause, ssl.SSLError):
+            if getattr(cause, "verify_code", None) in _WRONG_HOST:
+                return _wrong_host(cause, doing, "retry" if tls is None else tls.wrong_host)
             return TLSError(f"{doing}: {_words(cause)}")
         cause = cause.__cause__
     if isinstance(exc, Exception) and not isinstance(exc, trio.BrokenResourceError | trio.ClosedResourceError):
         return TransportError(f"{doing}: {_words(exc)}")
     return ConnectionLostError(f"{doing}: {_words(exc.__cause__ or exc)}")
+
+
+def _wrong_host(exc: ssl.SSLError, doing: str, decision: str) -> TLSError:
+    # OpenSSL's words tell the name that was asked for. Those in the certificate Python keeps to itself.
+    other, outcome = ("retry", "try again") if decision == "stop" else ("stop", "end the driver")
+    return TLSError(
+        f"{doing}: {_words(exc).rstrip('.')}; set server_hostname to a name that the certificate has "
+        f'(wrong_host="{other}" would {outcome})',
+        terminal=decision == "stop",
+    )
 
 
 def _words(exc: BaseException) -> str:

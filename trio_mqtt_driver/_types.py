@@ -162,6 +162,8 @@ class Acknowledger(Protocol):
     @property
     def ended(self) -> bool: ...
 
+    def keeps(self, message: Message[Any]) -> bool: ...
+
     def acknowledge(self, message: Message[Any]) -> None: ...
 
 
@@ -190,8 +192,8 @@ class Message(Generic[T]):
 
     @property
     def _stale(self) -> bool:
-        """Whether the connection that it came from is over."""
-        return self._source is not None and self._source.ended
+        """Whether nobody can acknowledge it any more, since the connection that it came from is over."""
+        return self._source is not None and not self._source.keeps(self)
 
     def _for_one_of(self, pending: list[int]) -> Message[T]:
         """A copy for one of several subscriptions, each with a value of its own."""

@@ -17,6 +17,8 @@ from urllib.parse import SplitResult, unquote, urlsplit
 _DEFAULT_PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
 _PROTOCOLS: Final = ("auto", "5", "3.1.1")
 _MAXIMUM_PASSWORD: Final = 65535
+# A DNS name has at most 253 characters. What has a meaning in URLs is none of a host.
+_REFERENCE: Final = re.compile(r"(?:\[([^\[\]]{1,253})\]|([^\[\]:/?#@\\%]{1,253}))(?::([0-9]{1,5}))?")
 _HINT: Final = "; percent-encode '/', '?', '#', '%', '[' and ']' in user name and password"
 
 
@@ -62,6 +64,26 @@ def from_env(environ: Mapping[str, str], prefix: str = "MQTT_") -> dict[str, obj
     if "PASSWORD_FILE" in set_:
         options["password"] = _password_from(set_["PASSWORD_FILE"], f"{prefix}PASSWORD_FILE")
     return options
+
+
+def parse_reference(reference: str, default_port: int) -> list[tuple[str, int]]:
+    """Return the (host, port) pairs that a Server Reference names [MQTT-4.13], in its order.
+
+    MQTT recommends ``host``, ``host:port`` or ``[IPv6 address]:port``, separated by spaces. What is not of that form
+    is left out: it comes from the network, and the driver goes on without.
+
+    :param default_port: for those without a port.
+    """
+    places: list[tuple[str, int]] = []
+    for part in reference.split(" "):
+        found = _REFERENCE.fullmatch(part)
+        if found is None:
+            continue
+        literal, name, digits = found.groups()
+        host, port = literal or name, int(digits or default_port)
+        if host.isprintable() and 1 <= port <= 65535 and (not literal or _is_ipv6(literal)):
+            places.append((host, port))
+    return places
 
 
 def _parse(url: str, field: str) -> dict[str, object]:

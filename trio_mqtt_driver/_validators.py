@@ -17,6 +17,26 @@ def seconds(instance: object, attribute: attrs.Attribute[Any], value: object) ->
         raise ValueError(f"{attribute.name} is {value!r}, allowed are seconds > 0 (math.inf: no limit)")
 
 
+def number(minimum: float, *, above: bool = False) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    """A finite number, at least (or, with ``above``, greater than) ``minimum``."""
+    wanted = f"a finite number {'>' if above else '>='} {minimum:g}"
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{attribute.name}: must be {wanted}, got {value!r}")
+        if not math.isfinite(value) or value < minimum or (above and value == minimum):
+            raise ValueError(f"{attribute.name}: must be {wanted}, got {value!r}")
+
+    return check
+
+
+def count(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{attribute.name}: must be an int >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{attribute.name}: must be an int >= 1, got {value!r}")
+
+
 def between(low: int, high: int) -> Callable[[object, attrs.Attribute[Any], object], None]:
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:

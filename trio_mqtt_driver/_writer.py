@@ -10,6 +10,8 @@ from ._history import Counters
 
 _SEND_SIZE = 65536
 """Written in pieces of this size, so that progress on a slow link is seen between them."""
+_LAST_WORDS = 0.1
+"""Seconds for the reader to find out why nothing can be written any more."""
 
 
 class Writer:
@@ -66,8 +68,17 @@ class Writer:
             answers = self._answers
             for start in range(0, len(data), _SEND_SIZE):
                 piece = data[start : start + _SEND_SIZE]
-                await self._stream.send_all(piece)
+                await self._send(piece)
                 self.flushed += len(piece)
                 self._counters.bytes_out += len(piece)
                 on_flushed()
             self._answers -= answers
+
+    async def _send(self, piece: memoryview) -> None:
+        try:
+            await self._stream.send_all(piece)
+        except (trio.BrokenResourceError, OSError):
+            # A broker that closes has said why just before, by a TLS alert or DISCONNECT. That has arrived, but the
+            # reader may not have come to it: if it has something to tell, it cancels this task.
+            await trio.sleep(_LAST_WORDS)  # noqa: ASYNC120  # then the reader's error is the one to keep
+            raise

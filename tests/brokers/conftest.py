@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import pytest
 
+from tests.brokers.certificates import Authority
 from tests.brokers.grounds import GROUNDS, Ground, Protocol, require
 from trio_mqtt_driver.testing import BrokerProcess
 
@@ -21,3 +23,13 @@ async def ground(idle_ground: tuple[BrokerProcess, Protocol]) -> AsyncGenerator[
     broker, protocol = idle_ground
     async with broker:
         yield Ground(broker, protocol)
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+@pytest.fixture
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("foreign"))

@@ -2,89 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
 import trio
-import trustme
 
-from tests.brokers.grounds import QUICK, Attempts, Protocol, require
-from trio_mqtt_driver import DriverConfig, Endpoint, MQTTDriver, State, TLSConfig
-from trio_mqtt_driver.testing import BrokerProcess, Ejabberd, EmbeddedBroker, FaultProxy, Iotcore, Mosquitto, TLSFiles
+from tests.brokers.certificates import MUTUAL_BROKERS, TLS_BROKERS, Authority, make, secure
+from tests.brokers.grounds import Attempts
+from trio_mqtt_driver import MQTTDriver, State, TLSConfig
+from trio_mqtt_driver.testing import FaultProxy
 
 pytestmark = pytest.mark.broker
-
-TLS_BROKERS: dict[str, tuple[Callable[..., BrokerProcess], Protocol]] = {
-    "mosquitto": (Mosquitto, "5"),
-    "nats": (EmbeddedBroker, "3.1.1"),
-    "ejabberd": (Ejabberd, "5"),
-    "iotcore": (Iotcore, "5"),
-}
-MUTUAL_BROKERS = ("mosquitto", "nats")
-"""ejabberd and iotcore take any client certificate, or none."""
-
-# trustme's own end of validity, in the year 3000, is too late for ejabberd.
-NOT_AFTER = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=20)
-
-
-@attrs.frozen
-class Authority:
-    """A certificate authority with its files in a directory."""
-
-    directory: Path
-    ca: trustme.CA = attrs.field(factory=trustme.CA)
-
-    @property
-    def file(self) -> Path:
-        path = self.directory / "ca.pem"
-        if not path.exists():
-            self.ca.cert_pem.write_to_path(path)
-        return path
-
-    def files(self, name: str, *identities: str) -> tuple[Path, Path]:
-        """A new certificate for ``identities`` and its key."""
-        leaf = self.ca.issue_cert(*identities, common_name=name, not_after=NOT_AFTER)
-        chain, key = self.directory / f"{name}.pem", self.directory / f"{name}.key"
-        chain.unlink(missing_ok=True)
-        for blob in leaf.cert_chain_pems:
-            blob.write_to_path(chain, append=True)
-        leaf.private_key_pem.write_to_path(key)
-        return chain, key
-
-    def server(self, *identities: str, mutual: bool = False) -> TLSFiles:
-        chain, key = self.files("server", *(identities or ("127.0.0.1",)))
-        return TLSFiles(cert=chain, key=key, ca=self.file, require_client_cert=mutual)
-
-
-@pytest.fixture
-def authority(tmp_path: Path) -> Authority:
-    return Authority(tmp_path)
-
-
-@pytest.fixture
-def foreign(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("foreign"))
-
-
-def make(name: str, files: TLSFiles) -> BrokerProcess:
-    return require(TLS_BROKERS[name][0](tls=files))
-
-
-def secure(name: str, port: int, tls: TLSConfig, **options: Any) -> DriverConfig:
-    defaults: dict[str, Any] = {
-        "endpoint": Endpoint(scheme="mqtts", host="127.0.0.1", port=port),
-        "protocol": TLS_BROKERS[name][1],
-        "client_id": "driver",
-        "tls": tls,
-        **QUICK,
-    }
-    if name == "ejabberd":
-        defaults |= {"username": "anybody", "password": "anything"}
-    return DriverConfig(**{**defaults, **options})
 
 
 async def round_trip(driver: MQTTDriver) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import trio
 
-from trio_mqtt_driver import DriverClosedError, Event, MQTTDriver, RefusedError, State, Status
+from trio_mqtt_driver import ConnectError, DriverClosedError, Event, MQTTDriver, State, Status
 
 from ._memory_broker import MemoryBroker
 
@@ -99,7 +99,7 @@ class DriverProbe:
         with trio.move_on_after(timeout):
             try:
                 return await wait()
-            except (DriverClosedError, RefusedError) as exc:
+            except (DriverClosedError, ConnectError) as exc:
                 raise AssertionError(f"the driver will not be {what}: {exc}; {self.report()}") from exc
         raise AssertionError(f"the driver was not {what} within {timeout:g} s; {self.report()}")
 

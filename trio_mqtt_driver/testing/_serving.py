@@ -281,7 +281,7 @@ class ServerConnection:
         if packet.retain and not options.retain_available:
             raise WireError("PUBLISH with RETAIN, which is not available", 0x9A)
         if packet.qos:
-            self._check_in_use(packet)
+            self._check_in_use(packet, session)
         refusal = self._state.faults.publish_refusal(topic, session.client_id)
         if packet.qos == 2 and packet.packet_id in session.receiving:
             self.send(Ack(kind=Kind.PUBREC, packet_id=packet.packet_id))
@@ -316,9 +316,14 @@ class ServerConnection:
             raise WireError(f"Topic Alias {alias} was never set", PROTOCOL_ERROR)
         return self._aliases[alias]
 
-    def _check_in_use(self, packet: Publish) -> None:
-        if packet.packet_id in self._unacknowledged and not packet.dup:
-            raise WireError(f"Packet Identifier {packet.packet_id} is still in use", PROTOCOL_ERROR)
+    def _check_free(self, packet_id: int, session: Session) -> None:
+        # What an older connection of the session left open counts, too [MQTT-2.2.1-3].
+        if packet_id in self._unacknowledged or packet_id in session.receiving:
+            raise WireError(f"Packet Identifier {packet_id} is still in use", PROTOCOL_ERROR)
+
+    def _check_in_use(self, packet: Publish, session: Session) -> None:
+        if not packet.dup:
+            self._check_free(packet.packet_id, session)
         self._unacknowledged.add(packet.packet_id)
         if self.version == 5 and len(self._unacknowledged) > self._options.receive_maximum:
             raise WireError(f"more than {self._options.receive_maximum} PUBLISHes in flight", 0x93)
@@ -335,8 +340,7 @@ class ServerConnection:
     # -- SUBSCRIBE, UNSUBSCRIBE, DISCONNECT --
 
     def _on_subscribe(self, packet: Subscribe, session: Session) -> None:
-        if packet.packet_id in self._unacknowledged:
-            raise WireError(f"Packet Identifier {packet.packet_id} is still in use", PROTOCOL_ERROR)
+        self._check_free(packet.packet_id, session)
         codes: list[int] = []
         granted: list[tuple[Subscription, bool]] = []
         for request in packet.requests:
@@ -376,8 +380,7 @@ class ServerConnection:
         return None
 
     def _on_unsubscribe(self, packet: Unsubscribe, session: Session) -> None:
-        if packet.packet_id in self._unacknowledged:
-            raise WireError(f"Packet Identifier {packet.packet_id} is still in use", PROTOCOL_ERROR)
+        self._check_free(packet.packet_id, session)
         codes: list[int] = []
         for topic_filter in packet.topic_filters:
             known = session.subscriptions.pop(topic_filter, None)

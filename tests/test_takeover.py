@@ -1,0 +1,65 @@
+"""Two drivers with one client ID: each takes the session of the other over. They must not fight for ever."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.peers import memory_config
+from trio_mqtt_driver import MQTTDriver, State
+from trio_mqtt_driver.testing import MemoryBroker
+
+HOUR = 3600
+
+
+@pytest.fixture
+def broker(nursery: trio.Nursery) -> MemoryBroker:
+    return MemoryBroker(nursery)
+
+
+@pytest.mark.parametrize(
+    "protocol, words, seconds_per_attempt",
+    [
+        # Each is alone while the other pauses, and pauses while the other is alone.
+        ("5", "ServerDisconnectedError: the broker disconnected us: session taken over (0x8e)", 60),
+        # 3.1.1 cannot say what happened: the one that was alone for stable_after is forgiven, the other is not.
+        ("3.1.1", "ConnectionLostError: the broker closed the connection", 30),
+    ],
+    ids=["5", "3.1.1"],
+)
+async def test_two_drivers_with_one_id_come_down_to_an_attempt_per_pause(
+    broker: MemoryBroker, protocol: str, words: str, seconds_per_attempt: float, autojump_clock: MockClock
+) -> None:
+    config = memory_config(broker, client_id="both", stable_id=True, protocol=protocol)
+    async with MQTTDriver(config, start="background") as one:
+        async with MQTTDriver(config, start="background") as other:
+            await trio.sleep(HOUR)
+            before = [driver.status().counters["attempts"] for driver in (one, other)]
+            await trio.sleep(HOUR)
+            for driver, attempts in zip((one, other), before, strict=True):
+                status = driver.status()
+                assert 30 <= status.counters["attempts"] - attempts <= HOUR / seconds_per_attempt + 2
+                assert status.last_error == words
+            events = [*one.status().history, *other.status().history]
+            assert any(event.kind == State.PAUSED.value and words in event.text for event in events)
+        with trio.fail_after(60):
+            await one.wait_live()
+        await trio.sleep(61)
+        assert one.state is State.LIVE
+        assert one.status().failures == 0
+        assert not broker.violations
+
+
+async def test_a_single_takeover_costs_one_quick_attempt(broker: MemoryBroker, autojump_clock: MockClock) -> None:
+    """An old process that still runs when the new one starts, and is then stopped."""
+    config = memory_config(broker, client_id="both", stable_id=True, protocol="5")
+    async with MQTTDriver(config) as new:
+        await trio.sleep(100)
+        with trio.CancelScope() as old:
+            async with MQTTDriver(config):
+                old.cancel()
+        await trio.sleep(6)
+        assert new.state is State.LIVE
+        assert new.generation == 2
+        assert new.status().failures == 1

@@ -1,0 +1,131 @@
+"""From an attempt to a connection: options, version of MQTT, client ID, session, stream; one connection at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from ._attempts import Attempts
+from ._config import Attempt, DriverConfig, Endpoint
+from ._connection import Connection
+from ._errors import MQTTDriverError
+from ._handshake import handshake_by
+from ._history import Counters
+from ._inbox import Inbox
+from ._outbox import Outbox
+from ._session import Session, SessionKey
+from ._transport import open_stream_by
+from ._versions import Versions
+
+Life = Callable[[Connection, float], Awaitable[None]]
+"""What happens on a connection, given when it must have had its CONNACK."""
+
+
+class Dialer:
+    """Makes the connections of a driver, and knows the session that they go on with if the client ID is stable."""
+
+    def __init__(
+        self,
+        attempts: Attempts,
+        versions: Versions,
+        *,
+        inbox: Inbox,
+        outbox: Outbox,
+        counters: Counters,
+        on_downgrade: Callable[[str], object],
+        on_remark: Callable[[str], object],
+    ) -> None:
+        self._attempts = attempts
+        self._versions = versions
+        self._inbox = inbox
+        self._outbox = outbox
+        self._counters = counters
+        self._on_downgrade = on_downgrade
+        self._on_remark = on_remark
+        self.connection: Connection | None = None
+        """The one that is being made or is live."""
+        self.endpoint: Endpoint = attempts.config.endpoint
+        """Where the present or last attempt went."""
+        self.session = Session()
+
+    async def dial(self, attempt: Attempt, life: Life, *, still_connecting: Callable[[], bool]) -> None:
+        """One attempt, and the ``life`` of the connection that it becomes; returns when that was ended on purpose.
+
+        Raises ``MQTTDriverError``, why the attempt failed or the connection was lost.
+        """
+        self.endpoint = attempt.config.endpoint
+        config = await self._attempts.options(attempt)
+        self.endpoint = config.endpoint
+        version = self._versions.first(config)
+        try:
+            await self._connect(config, version, attempt.generation, life)
+        except MQTTDriverError as exc:
+            if version != 5 or not still_connecting() or not self._versions.may_be_3_1_1(config, exc):
+                raise
+            self._on_downgrade(f"{config.endpoint} does not take MQTT 5 ({exc}), trying 3.1.1")
+            await self._connect(config, 4, attempt.generation, life)
+
+    async def _connect(self, config: DriverConfig, version: int, generation: int, life: Life) -> None:
+        client_id = self._attempts.client_id(config, generation)
+        session = self._session_for(client_id, config, version)
+        if session.key is not None and version == 4 and not session.established:
+            # 3.1.1 has no clean start for a session that is to last: an older one of this name goes first.
+            await self._run(config, version, client_id, generation, Session(), _wipe)
+            session.wiped = True
+        await self._run(config, version, client_id, generation, session, life)
+
+    def _session_for(self, client_id: str, config: DriverConfig, version: int) -> Session:
+        """The session that there is, or a new one that takes its place when the broker has accepted it (``adopt``):
+        what another broker keeps for us is still there when this one cannot be had."""
+        if not config.stable_id:
+            return Session()
+        key = SessionKey(client_id, config.endpoint, version)
+        present = self.session
+        if present.key == key and not present.is_over(trio.current_time()):
+            return present
+        session = Session(key)
+        if present.key is not None and present.key.same_name(key):
+            self.adopt(session)  # At once: from its CONNECT on the broker has it in the place of the other one.
+        return session
+
+    async def _run(
+        self, config: DriverConfig, version: int, client_id: str, generation: int, session: Session, life: Life
+    ) -> None:
+        deadline = trio.current_time() + config.connect_timeout
+        self.connection = connection = Connection(
+            await open_stream_by(config, deadline),
+            config,
+            version=version,
+            client_id=client_id,
+            generation=generation,
+            session=session,
+            inbox=self._inbox,
+            outbox=self._outbox,
+            counters=self._counters,
+            on_remark=self._on_remark,
+        )
+        try:
+            await connection.run(lambda made: life(made, deadline))
+        finally:
+            self.connection = None
+            if session.key is None:
+                self._outbox.put_back(session.end())
+        if connection.cause is not None:
+            raise connection.cause
+
+    def adopt(self, session: Session) -> None:
+        """A broker has accepted a connection of this session."""
+        if session is not self.session:
+            self.end_session()
+            self.session = session
+
+    def end_session(self) -> None:
+        """What is open in the session, if anything is, must be published anew."""
+        self._outbox.put_back(self.session.end())
+
+
+async def _wipe(connection: Connection, deadline: float) -> None:
+    await handshake_by(connection, deadline)
+    with trio.move_on_after(connection.config.disconnect_timeout):
+        await connection.disconnect(end_session=True)

@@ -1,0 +1,156 @@
+"""Where the attempts go: the memory of `Endpoints`, what errors mean to it, and test connections to better ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from ._attempts import Attempts
+from ._config import Attempt, DriverConfig, Endpoint
+from ._connection import Connection
+from ._endpoints import EndpointHealth, Endpoints
+from ._errors import MQTTDriverError, OptionsError, ProbeError, RefusedError, ServerDisconnectedError
+from ._handshake import handshake_by
+from ._history import Counters, describe
+from ._outbox import Outbox
+from ._probe import probe
+from ._session import Session
+from ._transport import open_stream_by
+from ._types import Message, ReasonCode
+from ._url import parse_reference
+from ._versions import Versions
+
+_REDIRECTS = (ReasonCode.USE_ANOTHER_SERVER, ReasonCode.SERVER_MOVED)
+
+
+class Failover:
+    """Chooses the endpoint of each attempt; is told what became of it."""
+
+    def __init__(self, attempts: Attempts, versions: Versions) -> None:
+        self._attempts = attempts
+        self._versions = versions
+        self._endpoints: Endpoints[Endpoint]
+        self.configure()
+
+    def configure(self) -> None:
+        """The settings have changed: what was learnt of the old endpoints is forgotten."""
+        config = self._attempts.config
+        self._endpoints = Endpoints(config.endpoint, config.fallbacks, config.failover)
+
+    def aim(self) -> DriverConfig:
+        """The settings, with the endpoint of the attempt that begins now."""
+        return self._at(self._endpoints.choose(trio.current_time()))
+
+    def _at(self, endpoint: Endpoint) -> DriverConfig:
+        config = self._attempts.config
+        return config if endpoint == config.endpoint else config.evolve(endpoint=endpoint)
+
+    def live(self, endpoint: Endpoint) -> None:
+        self._endpoints.live(endpoint, trio.current_time())
+
+    def stable(self) -> None:
+        self._endpoints.stable()
+
+    def reset(self) -> None:
+        self._endpoints.reset()
+
+    def ended(self, endpoint: Endpoint, error: MQTTDriverError | None) -> bool:
+        """An attempt or a link ended; True if the next one goes to an endpoint that has not had its turn."""
+        # The application's own functions say nothing of the endpoint.
+        known = None if error is None or isinstance(error, OptionsError) else describe(error)
+        return self._endpoints.ended(endpoint, trio.current_time(), known)
+
+    def refer(self, endpoint: Endpoint, error: MQTTDriverError | None) -> bool:
+        """Whether ``error`` is a Server Reference that the next attempt follows [MQTT-4.13]."""
+        if not isinstance(error, RefusedError | ServerDisconnectedError) or error.reason_code not in _REDIRECTS:
+            return False
+        if endpoint.scheme == "unix" or not error.server_reference:
+            return False
+        targets = [
+            Endpoint(scheme=endpoint.scheme, host=host, port=port)
+            for host, port in parse_reference(error.server_reference, endpoint.port)
+        ]
+        permanent = error.reason_code == ReasonCode.SERVER_MOVED
+        return self._endpoints.redirect(endpoint, targets, trio.current_time(), permanent=permanent)
+
+    def health(self) -> tuple[EndpointHealth, ...]:
+        return self._endpoints.health(trio.current_time())
+
+    # -- the way back -------------------------------------------------------------------------------------------------
+
+    async def wait_better(self, generation: int) -> Endpoint | None:
+        """Test what is preferred to the live endpoint, from time to time, until the driver should go there.
+
+        None if the live link is where it should be.
+        """
+        while True:
+            check = self._endpoints.next_check()
+            if check is None:
+                await trio.lowlevel.checkpoint()
+                return None
+            endpoint, at = check
+            await trio.sleep_until(at)
+            error = await self._test(endpoint, generation)
+            if self.refer(endpoint, error):
+                continue
+            text = None if error is None else describe(error)
+            if self._endpoints.tested(endpoint, trio.current_time(), text):
+                return endpoint
+
+    async def _test(self, endpoint: Endpoint, generation: int) -> MQTTDriverError | None:
+        """A connection of its own beside the live one, as far as the test publish; with no will, and another ID."""
+        try:
+            attempt = Attempt(config=self._at(endpoint), number=1, generation=generation, last_error=None)
+            made = await self._attempts.options(attempt)
+            config = made.evolve(stable_id=False, will=None, availability=None)
+            client_id = self._attempts.client_id(config, generation)
+            version = self._versions.first(config)
+            error = await _try(config, version, client_id, generation)
+            if version != 5 or not self._versions.may_be_3_1_1(config, error):
+                return error
+            return await _try(config, 4, client_id, generation)
+        except MQTTDriverError as exc:
+            return exc
+
+
+async def _try(config: DriverConfig, version: int, client_id: str, generation: int) -> MQTTDriverError | None:
+    deadline = trio.current_time() + config.connect_timeout
+    connection = Connection(
+        await open_stream_by(config, deadline),
+        config,
+        version=version,
+        client_id=client_id,
+        generation=generation,
+        session=Session(),
+        inbox=_Nobody(),
+        outbox=Outbox(max_messages=1, max_bytes=1),
+        counters=Counters(),
+        on_remark=lambda _: None,
+    )
+    passed = False
+
+    async def life(connection: Connection) -> None:
+        nonlocal passed
+        await handshake_by(connection, deadline)
+        await probe(connection)
+        passed = True
+        with trio.move_on_after(config.disconnect_timeout):
+            await connection.disconnect(end_session=True)
+
+    await connection.run(life)
+    if passed:
+        return None
+    return connection.cause or ProbeError("the connection ended before the test publish was acknowledged")
+
+
+class _Nobody:
+    """The inbox of a connection that subscribes to nothing."""
+
+    crowded = full = False
+
+    def deliver(self, messages: list[Message[Any]], *, copies: bool) -> None: ...
+
+    async def give_way(self) -> None: ...
+
+    async def wait_room(self) -> None: ...

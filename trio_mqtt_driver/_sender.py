@@ -1,0 +1,198 @@
+"""Our half of the publishing on one connection: from the outbox through the window to the writer, and back to whoever
+waits. Nothing here waits."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from ._config import DriverConfig
+from ._errors import ProtocolError, PublishRefusedError
+from ._history import Counters
+from ._limits import publish_error
+from ._outbox import Outbox, Outgoing
+from ._packets import PUBCOMP, PUBREL, encode_ack, encode_publish, packet_name
+from ._session import Session
+from ._types import PublishResult, ReasonCode, ServerLimits
+from ._writer import Writer
+
+logger = logging.getLogger("trio_mqtt_driver")
+
+_WINDOW_3_1_1 = 20
+"""3.1.1 has no Receive Maximum; brokers commonly keep 20 and some drop what exceeds it."""
+
+
+class Sender:
+    """Sends messages on one connection and takes in their acknowledgements."""
+
+    def __init__(
+        self,
+        config: DriverConfig,
+        session: Session,
+        writer: Writer,
+        outbox: Outbox,
+        counters: Counters,
+        *,
+        version: int,
+        generation: int,
+    ) -> None:
+        self._config = config
+        self._window = session.outgoing
+        self._writer = writer
+        self._outbox = outbox
+        self._counters = counters
+        self._version = version
+        self._generation = generation
+        self._limits = ServerLimits()
+        self._live = False
+        self._warned = False
+        self._acknowledged = trio.Event()
+        self.closing = False
+        """Whether nothing must be sent any more."""
+
+    def begin(self, limits: ServerLimits) -> None:
+        """CONNACK was good: obey what it says, and take up what an older connection of the session left open.
+
+        That cannot wait: brokers count it as in flight, and may have no room for the test publish before it is done.
+        """
+        self._limits = limits
+        window = limits.receive_maximum if self._version == 5 else _WINDOW_3_1_1
+        self._window.size = min(self._config.in_flight, window)
+        self.refill()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._window)
+
+    @property
+    def oldest_sent_at(self) -> float:
+        """Since when the first in line waits for its acknowledgement; infinite if none does."""
+        return self._window.oldest_sent_at
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the writer takes more."""
+        return not self.closing and self._writer.waiting < self._config.write_buffer
+
+    @property
+    def has_place(self) -> bool:
+        """Whether the window has."""
+        return self._window.free > 0
+
+    async def wait_room(self) -> None:
+        """Return when the window takes a message of QoS 1 or 2. Checkpoints only if it has to wait."""
+        while self._window.has_unsent or self._window.free <= 0:
+            self._acknowledged = trio.Event()
+            await self._acknowledged.wait()
+
+    def send(self, outgoing: Outgoing) -> None:
+        """Put one message on the wire, past the outbox; one of QoS 1 or 2 needs room in the window."""
+        packet_id = self._window.add(outgoing) if outgoing.qos else 0
+        self._publish(outgoing, packet_id)
+        if not outgoing.qos:
+            self._settle(outgoing, ReasonCode.SUCCESS)
+
+    def _publish(self, outgoing: Outgoing, packet_id: int, *, dup: bool = False) -> None:
+        outgoing.attempts += 1
+        self._counters.messages_out += 1
+        if self._version != 5 and outgoing.properties != b"\0":
+            self._warn_once()
+        self._writer.write(
+            encode_publish(
+                outgoing.raw_topic,
+                outgoing.payload,
+                qos=outgoing.qos,
+                retain=outgoing.retain,
+                dup=dup,
+                packet_id=packet_id,
+                properties=outgoing.properties if self._version == 5 else None,
+            )
+        )
+        if packet_id:
+            self._window.written(outgoing, self._writer.written)
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: the broker speaks 3.1.1: properties of PUBLISH need MQTT 5 and are left out",
+                self._config.client_id,
+            )
+
+    def go_live(self) -> None:
+        """The subscriptions are there: from now on what waits in the outbox goes out."""
+        self._live = True
+        self.refill()
+
+    def refill(self) -> None:
+        """Send what the window and the write buffer have room for: first what an older connection left open."""
+        while self.has_room:
+            if self._window.has_unsent:
+                if not self._window.may_take_up:
+                    return
+                self._take_up()
+                continue
+            if not self._live:
+                return
+            outgoing = self._outbox.peek()
+            if outgoing is None or (outgoing.qos and self._window.free <= 0):
+                return
+            self._outbox.take()
+            error = publish_error(self._limits, outgoing)
+            if error is not None:
+                outgoing.settle(error)
+            else:
+                self.send(outgoing)
+
+    def _take_up(self) -> None:
+        packet_id, outgoing, released = self._window.take_unsent()
+        if released:
+            self._writer.write(encode_ack(PUBREL, packet_id))
+            self._window.written(outgoing, self._writer.written)
+            return
+        error = publish_error(self._limits, outgoing)
+        if error is None:
+            self._publish(outgoing, packet_id, dup=True)
+        else:  # The broker has become stricter, and would end every connection over it.
+            self._window.drop(packet_id)
+            outgoing.settle(error)
+
+    def flushed(self, now: float) -> None:
+        """The writer has sent something."""
+        self._window.flushed(self._writer.flushed, now)
+        self.refill()
+
+    def take_ack(self, first: int, packet_id: int, code: int, reason: str | None) -> None:
+        """Take a PUBACK, PUBREC or PUBCOMP. Raises ``ProtocolError``."""
+        try:
+            reason_code = ReasonCode(code)
+        except ValueError:  # looked at first: what is taken out of the window must be settled
+            name = packet_name(first)
+            raise ProtocolError(f"malformed packet: {name} with unknown reason code 0x{code:02x}") from None
+        outgoing, answer = self._window.acknowledge(first, packet_id, code, trio.current_time())
+        self._acknowledged.set()
+        if answer:
+            self._writer.answer(answer)
+        if outgoing is None:
+            return
+        if first == PUBCOMP:
+            # PUBREC has accepted the message; whatever the broker says of the rest, it is delivered.
+            self._settle(outgoing, ReasonCode.SUCCESS)
+        elif reason_code.is_failure:
+            words = f": {reason}" if reason else ""
+            outgoing.settle(
+                PublishRefusedError(f"the broker refused {outgoing.topic!r}: {reason_code}{words}", reason_code)
+            )
+        else:
+            self._settle(outgoing, reason_code)
+
+    def _settle(self, outgoing: Outgoing, code: ReasonCode) -> None:
+        outgoing.settle(
+            PublishResult(
+                reason_code=code,
+                generation=self._generation,
+                attempts=outgoing.attempts,
+                latency=trio.current_time() - outgoing.accepted_at,
+            )
+        )
