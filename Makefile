@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # --verifytypes does not heed --pythonpath: it asks the first python in PATH.
 PYRIGHT := PATH="$(abspath $(BIN)):$$PATH" pyright
-CODE := trio_mqtt_driver tests examples docs/conf.py
+CODE := trio_mqtt_driver tests examples docs/conf.py docs/state_diagram.py
 
 .PHONY: demo test coverage lint format types docs clean
 

@@ -14,7 +14,7 @@ from trio_mqtt_driver.testing import MemoryBroker
 class TracedStream(trio.abc.Stream):
     """A stream that tells when it is closed; ``broken`` makes everything that is written to it fail."""
 
-    def __init__(self, stream: trio.abc.Stream, on_close: Callable[[], None]) -> None:
+    def __init__(self, stream: trio.abc.Stream, on_close: Callable[[], object]) -> None:
         self._stream = stream
         self._on_close = on_close
         self.broken: Exception | None = None

@@ -19,12 +19,14 @@ from trio.testing import MockClock
 
 from tests.dialing import Dialer
 from tests.peers import memory_config
+from tests.several import Several
 from trio_mqtt_driver import (
     Attempt,
     BackoffConfig,
     DriverClosedError,
     DriverConfig,
     Endpoint,
+    FailoverConfig,
     Message,
     MQTTDriver,
     RefusedError,
@@ -59,6 +61,8 @@ def apply_settings(driver: MQTTDriver) -> None:
 
 Command = Callable[[MQTTDriver], None]
 COMMANDS: list[Command] = [reconnect, reconnect_even_if_live, pause, resume, apply_settings]
+MOVING: list[Command] = [reconnect_even_if_live, pause, apply_settings]
+"""Those that do something to a live link."""
 PAIRS = [(one,) for one in COMMANDS] + list(itertools.product(COMMANDS, repeat=2))
 
 
@@ -268,7 +272,7 @@ def lose(driver: MQTTDriver) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
-@pytest.mark.parametrize("cause", [lose, reconnect_even_if_live, pause, apply_settings], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("cause", [lose, *MOVING], ids=lambda one: one.__name__)
 @pytest.mark.parametrize("edge", [False, True])
 async def test_from_a_connection_callback(
     bench: Bench, edge: bool, cause: Command, command: Command, autojump_clock: MockClock
@@ -334,7 +338,7 @@ async def test_before_the_first_attempt(
 
 
 @pytest.mark.parametrize("second", COMMANDS, ids=lambda command: command.__name__)
-@pytest.mark.parametrize("first", COMMANDS, ids=lambda command: command.__name__)
+@pytest.mark.parametrize("first", MOVING, ids=lambda command: command.__name__)
 async def test_a_command_at_any_moment_of_the_work_of_another(
     bench: Bench, first: Command, second: Command, autojump_clock: MockClock
 ) -> None:
@@ -354,6 +358,51 @@ async def test_a_command_at_any_moment_of_the_work_of_another(
                 driver.resume()
             await bench.check_works(driver, [first, second])
     bench.check_traces()
+
+
+class AtStep(trio.abc.Instrument):
+    """Does something just before the n-th step of the task that looks for a better endpoint."""
+
+    def __init__(self, step: int, action: Callable[[], None]) -> None:
+        self._left = step
+        self._action = action
+        self.fired = False
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task.name.endswith("_look_for_better"):
+            self._left -= 1
+            if not self._left:
+                self.fired = True
+                self._action()
+
+
+@pytest.mark.parametrize("command", MOVING, ids=lambda command: command.__name__)
+async def test_at_each_step_of_the_way_back_to_a_preferred_endpoint(
+    nursery: trio.Nursery, command: Command, autojump_clock: MockClock
+) -> None:
+    step = 0
+    fired = True
+    while fired:
+        step += 1
+        several = Several(nursery)
+        several["a"].stop()
+        failover = FailoverConfig(fail_after=1, cool_down=1, check_every=10, return_after=10)
+        async with MQTTDriver(several.config(failover=failover)) as driver:
+            assert several["b"].clients
+            several["a"].start()
+            instrument = AtStep(step, partial(command, driver))
+            trio.lowlevel.add_instrument(instrument)
+            await trio.sleep(60)
+            trio.lowlevel.remove_instrument(instrument)
+            if command is pause:
+                assert (driver.state is State.PAUSED) == instrument.fired
+                driver.resume()
+            await trio.sleep(60)
+            await driver.publish("a", b"x", qos=1)
+            assert several.open == ["a"]
+        fired = instrument.fired
+        assert not several["a"].violations
+    assert step > 3
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------

@@ -324,13 +324,14 @@ def test_a_link_that_answers_stays_and_the_jump_is_told_once(deadlines: Driven) 
     ping(deadlines, 106.0)
     deadlines.heard_at = 106.2
     deadlines.pong()
+    eof = ConnectionLostError("the broker closed the connection")
+    assert deadlines.explain(eof, 106.2, EPOCH + 706.2) is eof
     assert deadlines.look(106.2, NOTHING_SENT) == (
         "the wall clock jumped ahead by 600 s: the machine was suspended, or the clock was set; the broker answers, "
         "so the link stays"
     )
     assert deadlines.look(106.2, NOTHING_SENT) is None
     assert deadlines.error(130.0) is None
-    eof = ConnectionLostError("the broker closed the connection")
     assert deadlines.explain(eof, 130.0, EPOCH + 730.0) is eof
 
 
@@ -413,3 +414,7 @@ def test_the_broker_is_not_asked_before_the_link_is_live_nor_while_reading_is_pa
     assert deadlines.asks(103.0)
     assert deadlines.error(107.9) is None
     assert deadlines.error(108.0) is not None
+
+
+def test_a_pingresp_that_nobody_asked_for_is_nothing(deadlines: Driven) -> None:
+    assert deadlines.pong() is None

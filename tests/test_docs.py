@@ -20,6 +20,7 @@ import attrs
 import pytest
 import trio
 
+from docs.state_diagram import draw
 from tests.test_layers import LAYERS
 from trio_mqtt_driver import BackoffConfig, ConnectionLostError, DriverConfig, MQTTDriver, TLSError
 from trio_mqtt_driver._states import TRANSITIONS
@@ -94,6 +95,12 @@ def test_the_diagram_of_the_readme_is_the_state_machine() -> None:
     assert diagram is not None
     found = re.findall(r"^ *(\w+) --> (\w+)", diagram[1], re.MULTILINE)
     assert {(before.replace("_", " "), after.replace("_", " ")) for before, after in found} == transitions()
+
+
+def test_the_drawing_of_the_states_is_the_state_machine() -> None:
+    drawing = (ROOT / "docs" / "state_diagram.svg").read_text(encoding="utf-8")
+    assert set(re.findall(r"<title>([\w ]+) to ([\w ]+)</title></path>", drawing)) == transitions()
+    assert drawing == draw(), "the drawing is old: run `python docs/state_diagram.py`"
 
 
 def table(page: str, heading: str) -> list[list[str]]:

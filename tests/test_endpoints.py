@@ -149,6 +149,7 @@ def test_reset_forgets_failures_and_cool_downs() -> None:
 def test_an_endpoint_of_the_options_factory_is_none_of_ours() -> None:
     it = endpoints(fail_after=1)
     it.live("x", 0)
+    it.stable()
     assert it.next_check() is None
     assert not it.ended("x", 1, "lost")
     assert not it.redirect("x", ["b"], 1, permanent=True)
@@ -294,6 +295,7 @@ def test_a_preferred_endpoint_is_tested_now_and_then_and_returned_to_after_a_whi
     assert not it.ended("b", 151, None)
     go_live(it, "a", 151)
     assert it.next_check() is None
+    assert health(it)["a"].tests_passed == 0
 
 
 def test_a_failed_test_begins_the_time_anew() -> None:
@@ -315,6 +317,14 @@ def test_going_back_is_going_there_even_during_its_cool_down() -> None:
     it.ended("c", 2, None)
     assert it.choose(2) == "b"
     assert health(it, 2)["b"].cool_down_left == 0 < health(it, 2)["a"].cool_down_left
+
+
+def test_going_back_is_going_there_even_if_a_better_one_may_be_tried() -> None:
+    it = on_fallback("abc", return_after=10, cool_down=5)
+    assert not it.tested("b", 30, None)
+    assert it.tested("b", 60, None)
+    it.ended("c", 60, None)
+    fail(it, "b", "a", now=60)
 
 
 def test_all_that_are_preferred_are_tested_in_turn_and_no_others() -> None:

@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from trio_mqtt_driver import MessageLostError, OutboxFullError, Receipt
-from trio_mqtt_driver._outbox import Outbox, Outgoing
+from trio_mqtt_driver._outbox import Outbox, Outgoing, wait_settled
 from trio_mqtt_driver._types import PublishResult, ReasonCode
 
 RESULT = PublishResult(reason_code=ReasonCode.SUCCESS, generation=1, attempts=1, latency=0.5)
@@ -206,30 +206,33 @@ async def test_a_receipt_tells_what_became_of_its_message() -> None:
     assert repr(Receipt(lost)) == "<Receipt 'a' qos=1 failed>"
 
 
-async def test_wait_empty_returns_when_everything_is_settled() -> None:
+async def test_wait_settled_returns_when_all_have_an_outcome() -> None:
     box = outbox()
     messages = [outgoing(), outgoing()]
     for message in messages:
         box.accept(message)
     with trio.testing.assert_no_checkpoints():
-        await outbox().wait_empty()
+        await wait_settled([])
     done: list[str] = []
 
     async def wait(name: str) -> None:
-        await box.wait_empty()
+        await wait_settled(messages)
         done.append(name)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wait, "one")
         nursery.start_soon(wait, "two")
         await trio.testing.wait_all_tasks_blocked()
-        messages[0].settle(RESULT)
+        messages[1].settle(MessageLostError("gone"))
         await trio.testing.wait_all_tasks_blocked()
         assert done == []
-        messages[1].settle(RESULT)
+        messages[0].settle(RESULT)
         await trio.testing.wait_all_tasks_blocked()
         assert sorted(done) == ["one", "two"]
         nursery.cancel_scope.cancel()
+    with trio.testing.assert_no_checkpoints():
+        await wait_settled(messages)
+    assert [one.left_behind for one in (*messages, outgoing())] == [False, True, True]
 
 
 async def test_closing_settles_what_waits() -> None:

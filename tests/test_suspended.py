@@ -165,7 +165,7 @@ async def test_a_write_that_fails_after_the_suspension_is_named_after_it(
         await trio.sleep(100)
         machine.suspend(600)
         dialer.streams[0].broken = trio.BrokenResourceError("the network is down")
-        await trio.sleep(5.1)
+        await trio.sleep(6)
         await check_named_and_healed(driver, broker, caplog, "the network is down")
 
 

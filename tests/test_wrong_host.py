@@ -117,7 +117,7 @@ async def test_it_ends_a_driver_that_was_live_and_everybody_who_waits_is_told(
         except MessageLostError as exc:
             told.append(exc)
 
-    with pytest.raises(TLSError) as caught:  # noqa: PT012  # the body is what is under test
+    with trio.fail_after(200), pytest.raises(TLSError) as caught:  # noqa: PT012  # the body is what is under test
         async with driver:
             await trio.sleep(100)
             broker.down = True

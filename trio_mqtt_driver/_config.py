@@ -73,12 +73,14 @@ class Endpoint:
 
 def _as_endpoints(values: Iterable[Endpoint | str]) -> tuple[Endpoint, ...]:
     if isinstance(values, str):
-        raise TypeError(f"fallbacks must hold endpoints or URLs, not be one: {values!r:.100}")
+        raise TypeError("fallbacks must hold endpoints or URLs, not be one")
+    if not isinstance(values, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"fallbacks must hold endpoints or URLs, not be {type(values).__name__}")
     return tuple(_as_endpoint(value) if isinstance(value, str) else value for value in values)
 
 
 def _as_endpoint(url: str) -> Endpoint:
-    parsed: dict[str, Any] = dict(parse_url(url))
+    parsed: dict[str, Any] = dict(parse_url(url, "fallbacks"))
     place = {key: parsed.pop(key) for key in ("scheme", "host", "port", "path") if key in parsed}
     if parsed:
         raise ValueError(f"fallbacks: {', '.join(sorted(parsed))} in a URL, which may say where only")
@@ -88,7 +90,7 @@ def _as_endpoint(url: str) -> Endpoint:
 def _endpoints(instance: object, attribute: attrs.Attribute[Any], values: tuple[object, ...]) -> None:
     for value in values:
         if not isinstance(value, Endpoint):
-            raise TypeError(f"{attribute.name} must hold endpoints or URLs, not {value!r:.100}")
+            raise TypeError(f"{attribute.name} must hold endpoints or URLs, not {type(value).__name__}")
 
 
 def _will_topic(instance: object, attribute: attrs.Attribute[Any], value: str) -> None:
@@ -165,9 +167,11 @@ def _availability_topic(instance: object, attribute: attrs.Attribute[Any], value
 class Availability:
     """Tells others on a topic whether this client is there.
 
-    ``online`` is published after each connect, when the subscriptions are there; ``offline`` is the last will, and
-    published whenever the driver gives a link up on purpose: when it is left, also by cancellation, paused, or
-    reconnects. The driver watches the topic and says ``online`` again if the will of a dead connection comes late.
+    ``online`` is published after each connect, when the subscriptions are there and before anything else. ``offline``
+    is the last will, and published whenever the driver gives a link up on purpose: when it is left, also by
+    cancellation, paused, or reconnects. If that is not acknowledged within ``disconnect_timeout``, the will says it.
+    The driver subscribes to the topic, and says ``online`` again, at most once a second, if the will of a dead
+    connection comes late. A subscription of yours to the same topic may have another ``qos`` and no other options.
 
     ``delay`` (seconds, MQTT 5) holds the will back: with ``stable_id`` it does not come at all if the driver is back
     by then [MQTT-3.1.3.2.2].
@@ -257,7 +261,9 @@ class DriverConfig:
     availability: Availability | None = None
     """Instead of ``will``: birth, will and farewell on one topic."""
     options_factory: OptionsFactory | None = attrs.field(default=None, validator=optional_callable)
-    """Called before each attempt; returns the options of that connection (endpoint, credentials, TLS, will, …)."""
+    """Called before each attempt; returns the options of that connection (endpoint, credentials, TLS, will, …).
+
+    It must return them and not apply them: ``apply_settings()`` in it begins another attempt each time, at once."""
     factory_timeout: float = attrs.field(default=10.0, validator=seconds)
     open_stream: StreamOpener | None = attrs.field(default=None, validator=optional_callable)
     """Replaces how the byte stream is opened: for transports that this package does not know, and for tests."""
@@ -282,7 +288,7 @@ class DriverConfig:
     """How long ``publish()`` waits in all, outages included, before it gives the message up."""
     disconnect_timeout: float = attrs.field(default=2.0, validator=seconds)
     drain_timeout: float = attrs.field(default=5.0, validator=seconds)
-    """How long leaving the driver waits for what was published and is not acknowledged, on a live link."""
+    """How long leaving a live link waits for handlers and for what is not acknowledged, and how long ``drain()`` does."""
     backoff: BackoffConfig = attrs.field(factory=BackoffConfig, validator=instance(BackoffConfig))
     retry_refusals: frozenset[ReasonCode] = attrs.field(
         default=frozenset[ReasonCode](), converter=_frozenset, validator=_reason_codes

@@ -343,7 +343,8 @@ class Connection:
             if self._inbox.crowded:
                 await self._inbox.give_way()
             # Only for messages of this link: a queue that is full since the last one must not hide the handshake.
-            if messages and (self._inbox.full or self._incoming.unprocessed > self._incoming.maximum):
+            full = self._inbox.full or self._incoming.unprocessed > self._incoming.maximum
+            if messages and full and not self._inbox.retired:
                 await self._pause()
 
     def _gone(self, error: MQTTDriverError) -> None:

@@ -97,7 +97,7 @@ class Deadlines:
         self._waiting_since = max(oldest_sent_at, self._resumed_at)
         if self._late is not None and self._late.asked_from != self._waiting_since:
             self._late = None  # it was acknowledged; or reading was paused, and all waiting begins anew
-        if self._late is None and self.live and not self.paused and now >= self._waiting_since + self._ack_timeout:
+        if self._late is None and self.live and now >= self._waiting_since + self._ack_timeout:
             self._late = _Doubt(since=now, asked_from=self._waiting_since)
         if self._suspended is None or not self._suspended.answered:
             return None

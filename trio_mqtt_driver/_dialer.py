@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -35,6 +36,7 @@ class Dialer:
         counters: Counters,
         on_downgrade: Callable[[str], object],
         on_remark: Callable[[str], object],
+        rng: random.Random,
     ) -> None:
         self._attempts = attempts
         self._versions = versions
@@ -43,6 +45,7 @@ class Dialer:
         self._counters = counters
         self._on_downgrade = on_downgrade
         self._on_remark = on_remark
+        self._rng = rng
         self.connection: Connection | None = None
         """The one that is being made or is live."""
         self.endpoint: Endpoint = attempts.config.endpoint
@@ -69,9 +72,11 @@ class Dialer:
     async def _connect(self, config: DriverConfig, version: int, generation: int, life: Life) -> None:
         client_id = self._attempts.client_id(config, generation)
         session = self._session_for(client_id, config, version)
-        if session.key is not None and version == 4 and not session.established:
-            # 3.1.1 has no clean start for a session that is to last: an older one of this name goes first.
-            await self._run(config, version, client_id, generation, Session(), _wipe)
+        if session.key is not None and not session.established:
+            # An older session of this name goes first. 3.1.1 has no clean start for one that is to last; and mosquitto
+            # (2.0.11) does not write down an MQTT 5 session whose last CONNECT had it, so that a restart would lose it.
+            brief = config.evolve(stable_id=False, will=None, availability=None)
+            await self._run(brief, version, client_id, generation, Session(), _wipe)
             session.wiped = True
         await self._run(config, version, client_id, generation, session, life)
 
@@ -94,7 +99,7 @@ class Dialer:
     ) -> None:
         deadline = trio.current_time() + config.connect_timeout
         self.connection = connection = Connection(
-            await open_stream_by(config, deadline),
+            await open_stream_by(config, deadline, self._rng if self._attempts.number > 1 else None),
             config,
             version=version,
             client_id=client_id,

@@ -52,7 +52,8 @@ class Dispatcher:
         self._open: set[Subscription[Any]] = set()
         self._handling: set[Subscription[Any]] = set()
         """Those whose handlers have a task."""
-        self._retired = False
+        self.retired = False
+        """Whether it takes no messages any more."""
         self._idle = trio.Event()
 
     # -- the connection's end: connection.Inbox -----------------------------------------------------------------------
@@ -62,7 +63,7 @@ class Dispatcher:
 
         With ``copies`` each message comes once for each registration that it matches, unmarked.
         """
-        if self._retired:
+        if self.retired:
             self._counters.dropped += len(messages)
             return
         if self._targets_version != self._registry.version:
@@ -152,7 +153,7 @@ class Dispatcher:
 
     def changed(self, subscription: Subscription[Any]) -> None:
         """A subscription's queue has become shorter, or whoever empties it has nothing to do."""
-        if self._retired and subscription.idle:
+        if self.retired and subscription.idle:
             self._idle.set()
         if self._blocking and subscription in self._blocking and not subscription.full:
             self._blocking.discard(subscription)
@@ -166,14 +167,8 @@ class Dispatcher:
         The route is there before the broker hears of the filter. On an error or cancellation the subscription is
         gone again. Raises ``SubscribeError`` or ``DriverClosedError``.
         """
-        nursery = self._nursery
-        if nursery is None:
-            raise DriverClosedError("the driver is not running")
-        registration, revision = self._registry.add(subscription.topic_filter, options, subscription)
-        subscription.registration = registration
+        registration, revision = self.want(subscription, options)
         self._open.add(subscription)
-        if subscription.handler is not None:
-            nursery.start_soon(self._handle, subscription)
         try:
             code = await self._registry.wait_answer(registration, revision)
             if subscription not in self._open:
@@ -188,6 +183,22 @@ class Dispatcher:
         except BaseException:
             self.close(subscription)
             raise
+
+    def want(
+        self, subscription: Subscription[Any], options: SubscriptionOptions
+    ) -> tuple[Registration[Subscription[Any]], int]:
+        """Route to a subscription and have the broker told, without waiting for its answer; ``find`` does not know it.
+
+        Returns its registration, and the revision of it. Raises ``ValueError`` or ``DriverClosedError``.
+        """
+        nursery = self._nursery
+        if nursery is None:
+            raise DriverClosedError("the driver is not running")
+        registration, revision = self._registry.add(subscription.topic_filter, options, subscription)
+        subscription.registration = registration
+        if subscription.handler is not None:
+            nursery.start_soon(self._handle, subscription)
+        return registration, revision
 
     def close(self, subscription: Subscription[Any]) -> Leaving | None:
         """End a subscription; returns what to wait for if the broker must be told."""
@@ -219,17 +230,21 @@ class Dispatcher:
     async def retire(self) -> None:
         """Take no more messages, and wait until the handlers are done with those that are here.
 
-        What comes now is dropped unacknowledged: else a busy topic would keep the driver from ever being left.
+        What comes now is dropped unacknowledged: else a busy topic would keep the driver from ever being left. Nothing
+        holds up the reader any more, since behind such messages lie the acknowledgements that leaving waits for.
         """
-        self._retired = True
-        while self.unprocessed:
-            self._idle = trio.Event()
-            await self._idle.wait()
+        self.retired = True
+        self._blocking.clear()
+        self._room.set()
+        for subscription in list(self._handling):
+            while subscription in self._handling and not subscription.idle:
+                self._idle = trio.Event()
+                await self._idle.wait()
 
     @property
     def unprocessed(self) -> int:
-        """Messages that handlers have, or that wait for one."""
-        return sum(one.unprocessed for one in self._handling)
+        """Messages that a handler or an iterator has, or that wait for one."""
+        return sum(one.unprocessed for one in self._open | self._handling)
 
     def close_all(self) -> None:
         for subscription in list(self._open):

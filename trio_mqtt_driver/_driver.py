@@ -29,7 +29,7 @@ from ._events import EventStream
 from ._history import History
 from ._lifespan import Lifespan
 from ._limits import subscribe_refusal
-from ._outbox import Outbox, Receipt, Undelivered
+from ._outbox import Outbox, Receipt, Undelivered, wait_settled
 from ._publisher import Publisher
 from ._registry import Registry
 from ._status import Status
@@ -52,10 +52,11 @@ class MQTTDriver:
     With ``start="background"`` it enters at once; then ``await driver.wait_live()``.
 
     ``config`` is a URL, with the fields of `DriverConfig` as keywords, or a `DriverConfig`. ``rng`` is where jitter
-    comes from. A driver may be used once, from the Trio thread only. Leaving waits at most ``drain_timeout`` for
-    acknowledgements and ``disconnect_timeout`` for the broker, also when cancelled.
+    comes from. A driver may be used once, from the Trio thread only. Leaving a live link takes at most ``drain_timeout``,
+    in which handlers finish the messages that are here and what was published is acknowledged, and
+    ``disconnect_timeout``, also when cancelled. What is left is in `undelivered`.
 
-    The body's own exception leaves as itself. A refusal that cannot heal (`RefusedError`) cancels the body and is
+    The body's own exception leaves as itself. A terminal `ConnectError` (bad credentials, say) cancels the body and is
     raised; so is a handler's exception with ``on_handler_error="raise"``.
     """
 
@@ -82,7 +83,7 @@ class MQTTDriver:
         )
         self._edges = Edges()
         self._rebuilds: Callbacks[Attempt] = Callbacks("rebuild", "Attempt")
-        self._presence = None if config.availability is None else Presence(config.availability)
+        self._presence = Presence(self._dispatcher, self._history.counters)
         self._supervisor = Supervisor(
             config,
             registry=self._registry,
@@ -132,10 +133,9 @@ class MQTTDriver:
     async def _run(self) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._dispatcher.run)
+            self._presence.prepare(self.config)
             self._dispatching.set()
             nursery.start_soon(self._keep_connected)
-            if self._presence is not None:
-                nursery.start_soon(self._presence.watch, self.subscribe)
 
     async def _keep_connected(self) -> None:
         try:
@@ -169,8 +169,8 @@ class MQTTDriver:
         if graceful and self.state is State.LIVE:
             with trio.move_on_after(config.drain_timeout):
                 await self._dispatcher.retire()
-                await self._outbox.wait_empty()
-        out, here = len(self._supervisor.undelivered), self._dispatcher.unprocessed
+                await wait_settled(self._supervisor.undelivered)
+        out, here = len(self.undelivered), self._dispatcher.unprocessed
         if out or here:
             text = f"left behind: {out} published and not acknowledged, {here} received and not processed"
             self._supervisor.note("left behind", text, logging.WARNING)
@@ -227,16 +227,18 @@ class MQTTDriver:
         return self._publisher.publish_nowait(outgoing)
 
     async def drain(self) -> tuple[Undelivered, ...]:
-        """Wait until all that was published is acknowledged, for ``drain_timeout`` at most; return what is not.
+        """Wait until all that was published so far is acknowledged, for ``drain_timeout`` at most; return what of it
+        is not, oldest first.
 
-        The driver goes on as before. Leaving it drains by itself. Cancelling ends the wait and nothing else. Raises
-        ``DriverClosedError``.
+        An outage is waited out, within that time. The driver goes on as before. Leaving it drains by itself. Cancelling
+        ends the wait and nothing else. Raises ``DriverClosedError``, but not if the driver ends meanwhile.
         """
         await trio.lowlevel.checkpoint()
         self._check_open()
+        published = self._supervisor.undelivered
         with trio.move_on_after(self.config.drain_timeout):
-            await self._outbox.wait_empty()
-        return self.undelivered
+            await wait_settled(published)
+        return tuple(outgoing.undelivered() for outgoing in published if outgoing.left_behind)
 
     @property
     def undelivered(self) -> tuple[Undelivered, ...]:
@@ -370,15 +372,15 @@ class MQTTDriver:
         return self._supervisor.status()
 
     async def wait_live(self) -> None:
-        """Return when the link is live. Raises ``RefusedError`` or ``DriverClosedError`` if it never will be."""
+        """Return when the link is live. If it never will be: ``DriverClosedError``, or what stopped the driver."""
         self._check_open()
         await self._supervisor.wait_live()
 
     async def wait_state(self, *states: State) -> State:
         """Wait until the driver is in one of ``states``, and return which; also one that it only passes through.
 
-        Returns at once if it is in one of them now. Raises ``RefusedError`` or ``DriverClosedError`` if the driver
-        ends and none of them will come.
+        Returns at once if it is in one of them now. Raises ``DriverClosedError``, or what stopped the
+        driver (a terminal ``ConnectError``), if none of them will come.
         """
         wanted = check_states(states)
         self._check_open()

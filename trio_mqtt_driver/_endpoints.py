@@ -7,10 +7,10 @@ down, and the next in order has its turn. That is a matter of order only: when a
 first is taken at once. The end of a cool-down does not clear the failures, so the attempt that follows is a trial, and
 if it fails the next cool-down begins. Only a stable link clears them.
 
-A broker can refer to another one [MQTT-4.13]. "Use another server" is a detour of one connection, and what becomes of
-it counts for the endpoint that it was made for: one that refers to a dead server serves us as badly as a dead one.
-"Server moved" puts the new address in front of the old one, and keeps the old one: an address that was wrong, or that
-moves on while we are away, must not strand the driver.
+A broker can refer to another one [MQTT-4.13]. "Use another server" is a detour of one connection. What becomes of it
+counts for the endpoint that referred us, unless the target is one of ours itself: one that refers to a dead server
+serves us as badly as a dead one. "Server moved" puts the new address in front of the old one, and keeps the old one:
+an address that was wrong, or that moves on while we are away, must not strand the driver.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class FailoverConfig:
     check_every: float = attrs.field(default=30.0, validator=number(0, above=True))
     """On a fallback: the time between two test connections to the same preferred endpoint."""
     return_after: float = attrs.field(default=120.0, validator=seconds)
-    """How long a preferred endpoint must pass every test, two at least, before the driver goes back to it. Doubled
-    each time that it then fails all the same, up to 32 times as long. ``math.inf``: go back only when the fallback
-    is lost, and test nothing."""
+    """How long a preferred endpoint must have passed every test before the driver goes back to it; one test is never
+    enough. Doubled each time that it then fails all the same, up to 32 times as long. ``math.inf``: go back only
+    when the fallback is lost, and test nothing."""
     redirects: int = attrs.field(default=1, validator=between(0, 10))
     """How many Server References in a row are followed [MQTT-4.13]; 0: none. The credentials are sent to where the
     broker refers us."""
@@ -69,7 +69,7 @@ class EndpointHealth:
     """In a row, while the link is live on a less preferred endpoint."""
     last_error: str | None
     refers_to: str | None
-    """Where the present or next connection goes in its place, by a temporary redirect."""
+    """Where it has referred the present or the next connection to."""
 
 
 @attrs.define
@@ -91,7 +91,7 @@ class _Record:
 
 @attrs.frozen
 class _Detour(Generic[T]):
-    """Where the next connection goes, whatever the order says, and the endpoint that this counts for."""
+    """Where the next connection goes, whatever the order says, and what it counts for if the target is not known."""
 
     target: T
     place: T
@@ -196,9 +196,9 @@ class Endpoints(Generic[T]):
         another end, in between.
 
         :param permanent: reason code 0x9D "Server moved": the target stands in front of the endpoint from now on, in
-            the place of an earlier such target, until the endpoint itself has a stable link again. A server that
-            we were referred to for once cannot make more of it. Else 0x9C "Use another server": for the next
-            connection only.
+            the place of an earlier such target, until the endpoint itself has a stable link again. Else 0x9C "Use
+            another server": for the next connection only. A server that we were sent to for one connection cannot
+            make more of it.
         """
         place = self._place(endpoint)
         if place is None or len(self._chain) >= self._config.redirects:
@@ -210,12 +210,13 @@ class Endpoints(Generic[T]):
         if target is None:
             return False
         self._chain.append(endpoint)
-        if not tested:
+        if tested:
+            self._records[place].tested_at = now
+        else:
             self._live = None
             self._had_turn.add(place)  # else one that refers us to ever new dead servers would be due after each
-        if permanent and place == endpoint:
+        if permanent:
             self._move(endpoint, target)
-            place = target
         if not tested:
             self._detour = _Detour(target, place)
         return True
@@ -263,10 +264,9 @@ class Endpoints(Generic[T]):
         if record.passed == 1:
             record.passing_since = now
         needed = self._config.return_after * 2 ** min(record.returns, _MOST_DOUBLINGS)
-        if record.passed < 2 or now - record.passing_since < needed or endpoint not in self._preferred():
+        if now - record.passing_since < needed or endpoint not in self._preferred():
             return False
         record.cools_until = -math.inf
-        record.passed = 0
         record.returns += 1
         self._detour = _Detour(endpoint, endpoint)
         return True
@@ -294,17 +294,17 @@ class Endpoints(Generic[T]):
 
     def _place(self, endpoint: T) -> T | None:
         """The endpoint that this one's fate counts for; None if it is not known here."""
-        if self._detour is not None and self._detour.target == endpoint:
+        if endpoint not in self._records and self._detour is not None and self._detour.target == endpoint:
             endpoint = self._detour.place
         return endpoint if endpoint in self._records else None
 
-    def _rank(self, endpoint: T, now: float) -> tuple[bool, float, bool]:
+    def _rank(self, endpoint: T, now: float) -> tuple[float, bool]:
         """The least is chosen; of equals the most preferred."""
         record = self._records[endpoint]
         # Where delays are long, the first one's cool-down is over whenever the last one is due. So whoever has had its
         # trial stands back until the others have had theirs.
         stands_back = endpoint in self._had_turn and record.failures >= self._config.fail_after
-        return record.cools_until > now, max(now, record.cools_until), stands_back
+        return max(now, record.cools_until), stands_back
 
     def _refers_to(self, endpoint: T) -> str | None:
         detour = self._detour
@@ -332,10 +332,7 @@ class Endpoints(Generic[T]):
     def _move(self, endpoint: T, target: T) -> None:
         for configured in self._configured:
             if endpoint in (configured, self._moved.get(configured)):
-                if target == configured:
-                    del self._moved[configured]
-                else:
-                    self._moved[configured] = target
+                self._moved[configured] = target
         self._arrange()
 
     def _arrange(self) -> None:

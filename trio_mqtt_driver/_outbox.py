@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import attrs
 import trio
 
-from ._errors import OutboxFullError
+from ._errors import MessageLostError, OutboxFullError
 from ._properties import decode_publish_block
 from ._types import PublishProperties, PublishResult
 
@@ -52,6 +52,11 @@ class Outgoing:
         return self.result is not None or self.error is not None
 
     @property
+    def left_behind(self) -> bool:
+        """Whether it has no outcome, or only that the driver ended first."""
+        return not self.done or isinstance(self.error, MessageLostError)
+
+    @property
     def size(self) -> int:
         """Bytes that it counts for in the outbox."""
         return len(self.raw_topic) + len(self.payload) + len(self.properties) + _OVERHEAD
@@ -66,13 +71,16 @@ class Outgoing:
             attempts=self.attempts,
         )
 
-    async def wait(self) -> PublishResult:
+    async def settled(self) -> None:
         if not self.done:
             if self._event is None:
                 self._event = trio.Event()
             await self._event.wait()
         else:
             await trio.lowlevel.checkpoint()
+
+    async def wait(self) -> PublishResult:
+        await self.settled()
         if self.error is not None:
             raise self.error
         assert self.result is not None
@@ -106,6 +114,13 @@ class Undelivered:
     properties: PublishProperties
     attempts: int
     """On how many connections it was sent."""
+
+
+async def wait_settled(messages: Iterable[Outgoing]) -> None:
+    """Return when each of them has an outcome. Checkpoints only if it has to wait."""
+    for outgoing in messages:
+        if not outgoing.done:
+            await outgoing.settled()
 
 
 class Receipt:
@@ -144,7 +159,6 @@ class Outbox:
         self._given_up = 0  # settled, and still in the queue
         self._turn = trio.StrictFIFOLock()
         self._room = trio.Event()
-        self._empty = trio.Event()
         self.accepted = 0
         self.accepted_bytes = 0
 
@@ -223,15 +237,6 @@ class Outbox:
         self.accepted -= 1
         self.accepted_bytes -= outgoing.size
         self._room.set()
-        if not self.accepted:
-            self._empty.set()
-
-    async def wait_empty(self) -> None:
-        """Return when nothing is accepted and unsettled."""
-        while self.accepted:
-            if self._empty.is_set():  # never replaced under somebody who waits for it
-                self._empty = trio.Event()
-            await self._empty.wait()
 
     def waiting(self) -> list[Outgoing]:
         """What waits, oldest first."""

@@ -38,7 +38,7 @@ class Session:
         self.established = False
         """Whether the broker has, as far as we know, its half of it."""
         self.wiped = False
-        """3.1.1: whether the broker was made to forget an older session of this name."""
+        """Whether the broker was made to forget an older session of this name."""
         self.unanswered = 0
         """CONNECTs since the last good CONNACK. One of them may have begun another session without our knowing."""
         self.expires_at = math.inf

@@ -17,6 +17,7 @@ import trio
 from ._arguments import SubscribeArguments
 from ._driver import MQTTDriver
 from ._errors import DriverClosedError, PayloadError, StaleDataError
+from ._history import Event
 from ._subscription import Subscription
 from ._types import Acknowledger, Message, State
 
@@ -117,13 +118,22 @@ class StateView(Generic[T]):
         self._judged = -1, False
         self._changed = trio.Event()
         self._subscription: Subscription[T] | None = None
-        self._unregister: Callable[[], None] = lambda: None
+        self._unlisten: Callable[[], None] = lambda: None
+        self._end = _End(self)
 
     async def __aenter__(self) -> Self:
         if self._subscription is not None:
             raise RuntimeError("this view is in use already")
-        self._unregister = self._driver.register_connection_callback(self._on_edge)
+        history = self._driver._history  # pyright: ignore[reportPrivateUsage]  # within the package
+        unregister = self._driver.register_connection_callback(self._on_edge)
+
+        def unlisten() -> None:
+            unregister()
+            history.remove_listener(self._end)
+
+        self._unlisten = unlisten
         try:
+            history.add_listener(self._end)
             self._subscription = await self._driver.subscribe(
                 self.topic_filter,
                 self._take,
@@ -131,7 +141,7 @@ class StateView(Generic[T]):
                 **self._options,
             )
         except BaseException:
-            self._unregister()
+            self._unlisten()
             raise
         assert self._subscription.registration is not None
         self._subscription.registration.renew = True
@@ -142,7 +152,7 @@ class StateView(Generic[T]):
     ) -> None:
         subscription, self._subscription = self._subscription, None
         assert subscription is not None
-        self._unregister()
+        self._unlisten()
         try:
             self._driver.unsubscribe_nowait(subscription)
         except DriverClosedError:
@@ -173,7 +183,7 @@ class StateView(Generic[T]):
         """An iterator of snapshots: the first when the view is fresh, others ``debounce`` seconds after a change.
 
         Each consumer has its own. None is missed but those that a later one has overtaken. While the view is stale it
-        waits; it ends when the view is left.
+        waits; it ends when the view is left, or the driver has closed.
         """
         return _Changes(self)
 
@@ -193,9 +203,9 @@ class StateView(Generic[T]):
             raise StaleDataError(f"{self.topic_filter!r}: {reason}")
 
     async def _next(self, seen: int) -> tuple[int, Mapping[str, Message[T]]] | None:
-        """The next snapshot after version ``seen``, and its version; None if the view was left."""
+        """The next snapshot after version ``seen``, and its version; None if there will be none."""
         await trio.lowlevel.checkpoint()
-        while self._subscription is not None:
+        while self._subscription is not None and self._driver.state is not State.CLOSED:
             if self._version == seen or not self.fresh:
                 await self._changed.wait()
                 continue
@@ -256,6 +266,18 @@ class StateView(Generic[T]):
         self._version += 1
         self._changed.set()
         self._changed = trio.Event()
+
+
+class _End:
+    """Wakes the consumers of a view when its driver has closed: no edge tells them."""
+
+    def __init__(self, view: StateView[Any]) -> None:
+        self._view = view
+
+    def put(self, event: Event) -> None: ...
+
+    def end(self) -> None:
+        self._view._note()  # pyright: ignore[reportPrivateUsage]  # the two are one
 
 
 class _Changes(Generic[T]):

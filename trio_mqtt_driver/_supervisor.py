@@ -66,7 +66,7 @@ class Supervisor:
         history: History,
         edges: Edges,
         before_rebuild: Callable[[Attempt], None],
-        presence: Presence | None,
+        presence: Presence,
         rng: random.Random,
         on_terminal: Callable[[ConnectError], None],
     ) -> None:
@@ -83,7 +83,7 @@ class Supervisor:
         self._backoff = Backoff(config.backoff, rng)
         self._attempts = Attempts(config)
         self._versions = Versions()
-        self._failover = Failover(self._attempts, self._versions)
+        self._failover = Failover(self._attempts, self._versions, partial(self.note, "failover"))
         self._dialer = Dialer(
             self._attempts,
             self._versions,
@@ -92,6 +92,7 @@ class Supervisor:
             counters=history.counters,
             on_downgrade=partial(self.note, "downgrade"),
             on_remark=partial(self._record, "clock"),
+            rng=rng,
         )
         self._states = States()
         self._wake = trio.Event()
@@ -182,7 +183,8 @@ class Supervisor:
                     error = await self._attempt()
                 if self._closing:
                     break
-                if isinstance(error, ConnectError) and error.terminal:
+                # What is to help out must not make it worse: only the first endpoint's refusal ends the driver.
+                if isinstance(error, ConnectError) and error.terminal and self._failover.for_primary:
                     self.terminal = error
                     self._to(State.CLOSING, f"stopped for good: {error}", error)
                     self._on_terminal(error)
@@ -218,6 +220,7 @@ class Supervisor:
             self._registry.resume(everything=connection.in_doubt)
         else:  # At once: the next attempt may find this session there, without its subscriptions.
             self._registry.begin()
+        self._presence.prepare(config)
         version = "5" if connection.version == 5 else "3.1.1"
         resumed = ", session present" if connection.resumed else ""
         self._to(
@@ -229,8 +232,7 @@ class Supervisor:
         with trio.CancelScope() as self._attempt_scope:
             await self._serve(connection)
         with trio.move_on_after(config.disconnect_timeout):
-            if self._presence is not None:
-                await self._presence.farewell(connection)
+            await self._presence.farewell(connection)
             await connection.disconnect(end_session=self._closing)
 
     async def _serve(self, connection: Connection) -> None:
@@ -247,6 +249,7 @@ class Supervisor:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_synchronised, connection)
             nursery.start_soon(self._look_for_better)
+            nursery.start_soon(self._presence.insist, connection)
             with trio.move_on_after(self._backoff.stable_after):
                 await self._end_session.wait()
             if not self._end_session.is_set():
@@ -269,15 +272,15 @@ class Supervisor:
                 registration.reason_code,
             )
         degraded = f", {len(refused)} of them refused" if refused else ""
+        self._failover.live(connection.config.endpoint)
+        self._presence.birth(connection)  # before callbacks are told, who may publish at once
         self._to(
             State.LIVE,
             f"live: generation {self.generation}, {len(self._registry)} subscriptions{degraded}, "
             f"{len(self._outbox)} messages waiting",
         )
-        self._failover.live(connection.config.endpoint)
-        if self._presence is not None:
-            self._presence.birth(connection)
-        connection.go_live()
+        if self.state is State.LIVE:  # a callback may have given the link up
+            connection.go_live()
 
     async def _keep_synchronised(self, connection: Connection) -> None:
         while True:
@@ -289,7 +292,8 @@ class Supervisor:
 
     async def _look_for_better(self) -> None:
         endpoint = await self._failover.wait_better(self.generation + 1)
-        if endpoint is not None:
+        # At the same moment somebody else may have ended this link already.
+        if endpoint is not None and not self._end_session.is_set():
             self._replace(f"{endpoint} is back and preferred")
 
     async def _back_off(self, error: MQTTDriverError | None) -> None:
@@ -305,7 +309,7 @@ class Supervisor:
         else:
             self._history.counters.failures += 1
         if self._failover.refer(self._dialer.endpoint, error):
-            self._to(State.BACKING_OFF, f"following the broker's reference: {error}", error)
+            self._to(State.BACKING_OFF, f"following the broker's reference to {self._failover.next}: {error}", error)
             return
         fresh = self._failover.ended(self._dialer.endpoint, error)
         now = trio.current_time()
@@ -318,8 +322,9 @@ class Supervisor:
         else:
             what = "attempt failed"
             delay = self._backoff.failed(retry_at_once=isinstance(error, TLSError))
-        if fresh and delay.paused:  # A broker that is back must not wait for a pause for each one that is still down.
-            delay = Delay(min(delay.seconds, self.config.backoff.start))
+        if fresh:  # A broker that is back must not wait in full for each one that is still down.
+            backoff = self.config.backoff
+            delay = Delay(min(delay.seconds, max(backoff.start, backoff.min_interval) if live else backoff.start))
         self._enter_back_off(what, delay, error)
         self._next_attempt_at = now + delay.seconds
         with trio.move_on_at(self._next_attempt_at):
@@ -378,6 +383,7 @@ class Supervisor:
         if self._held is None:
             self._resumed = trio.Event()
         self._held = reason
+        self._next_attempt_at = math.inf
         if self.state in (State.LIVE, State.BACKING_OFF):
             # As in force_reconnect: wait_live() called next must wait.
             self._to(State.PAUSED, f"paused: {reason}")
@@ -446,7 +452,7 @@ class Supervisor:
             since=0.0 if self.state is State.NEW else now - self._states.since,
             generation=self.generation,
             client_id=None if connection is None else connection.client_id,
-            endpoint=str(self.config.endpoint if connection is None else connection.config.endpoint),
+            endpoint=str(self._failover.next if connection is None else connection.config.endpoint),
             protocol=None if connection is None else "5" if connection.version == 5 else "3.1.1",
             failures=self._backoff.failures,
             next_attempt_in=None if self._next_attempt_at == math.inf else max(0.0, self._next_attempt_at - now),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import ssl
 import sys
 from typing import cast
@@ -20,8 +21,10 @@ _WRONG_HOST = (62, 64)
 """OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH, which Python's ``ssl`` does not name."""
 
 
-async def open_stream(config: DriverConfig) -> trio.abc.Stream:
+async def open_stream(config: DriverConfig, elsewhere: random.Random | None = None) -> trio.abc.Stream:
     """Open the byte stream of one connection. Cancellable; the caller sets the deadline.
+
+    With ``elsewhere`` any address of the host may be the first that is tried: see ``_open_tcp``.
 
     Raises ``TransportError``, ``TLSError`` or, for TLS files that cannot be used, ``OptionsError``.
     """
@@ -36,7 +39,7 @@ async def open_stream(config: DriverConfig) -> trio.abc.Stream:
             return await trio.open_unix_socket(endpoint.path)
         # Made before the connection, so that a bad file costs the broker nothing.
         context = await _make_context(config.tls or TLSConfig()) if endpoint.scheme == "mqtts" else None
-        stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+        stream = await _open_tcp(config, elsewhere)
     except (OSError, UnicodeError) as exc:  # a host name that IDNA cannot encode
         raise lost(exc, f"connecting to {endpoint}") from exc
     if context is None:
@@ -55,11 +58,32 @@ async def open_stream(config: DriverConfig) -> trio.abc.Stream:
     return secure
 
 
-async def open_stream_by(config: DriverConfig, deadline: float) -> trio.abc.Stream:
+async def open_stream_by(
+    config: DriverConfig, deadline: float, elsewhere: random.Random | None = None
+) -> trio.abc.Stream:
     """The same until ``deadline`` on Trio's clock."""
     with trio.move_on_at(deadline):
-        return await open_stream(config)
+        return await open_stream(config, elsewhere)
     raise TransportError(f"{config.endpoint} could not be reached within connect_timeout={config.connect_timeout:g} s")
+
+
+async def _open_tcp(config: DriverConfig, elsewhere: random.Random | None) -> trio.SocketStream:
+    """Trio takes the first address that accepts, and happy eyeballs pass by those that do not.
+
+    One that accepts and has no broker behind it would thus be taken for ever. So ``elsewhere``, given after a failure,
+    picks one that has a quarter of the time for itself: the lookup too, for two slow ones could take all of it.
+    """
+    host, port = config.endpoint.host, config.endpoint.port
+    if elsewhere is not None:
+        with trio.move_on_after(config.connect_timeout / 4):
+            found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+            addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+            if len(addresses) > 1:
+                try:
+                    return await trio.open_tcp_stream(elsewhere.choice(addresses), port)
+                except OSError:
+                    pass  # it is among those that are tried now, and has its say in the error
+    return await trio.open_tcp_stream(host, port)
 
 
 async def _make_context(tls: TLSConfig) -> ssl.SSLContext:

@@ -22,19 +22,20 @@ _REFERENCE: Final = re.compile(r"(?:\[([^\[\]]{1,253})\]|([^\[\]:/?#@\\%]{1,253}
 _HINT: Final = "; percent-encode '/', '?', '#', '%', '[' and ']' in user name and password"
 
 
-def parse_url(url: str) -> dict[str, object]:
+def parse_url(url: str, field: str = "url") -> dict[str, object]:
     """Return the options that a URL names.
 
     ``mqtt://host:1883``, ``mqtts://host:8883`` (the ports are the defaults; IPv6 addresses in brackets) and
     ``unix:///run/mqtt.sock``, each with ``user:password@`` before the host, percent-encoded, and with any of
     ``client_id``, ``keep_alive`` (seconds) and ``protocol`` (auto, 5, 3.1.1) in the query.
 
+    :param field: what error messages call it.
     :returns: of ``scheme``, ``host``, ``port``, ``path`` (unix), ``username``, ``password``, ``client_id``,
         ``keep_alive`` and ``protocol`` those that the URL gives.
     :raises TypeError: not a str.
     :raises ValueError: names the part of the URL that is wrong.
     """
-    return _parse(url, "url")
+    return _parse(url, field)
 
 
 def from_env(environ: Mapping[str, str], prefix: str = "MQTT_") -> dict[str, object]:
