@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.peers import memory_config
-from trio_mqtt_driver import BackoffConfig, DriverConfig
+from trio_mqtt_driver import BackoffConfig, DriverConfig, MQTTDriver, State
 from trio_mqtt_driver.testing import Ack, Connect, Kind, MemoryBroker, Packet, Publish, Subscribe, Unsubscribe
 
 QUICK = BackoffConfig(min_interval=0, start=0.1, maximum=1, stable_after=0, pause_after=1000)
@@ -55,3 +55,22 @@ def exchanges(packets: list[Packet]) -> list[tuple[str, int, bool]]:
 
 def acknowledged(packets: list[Packet], kind: Kind) -> list[int]:
     return [packet.packet_id for packet in packets if isinstance(packet, Ack) and packet.kind is kind]
+
+
+class Log:
+    """A handler that keeps what it got."""
+
+    def __init__(self) -> None:
+        self.payloads: list[bytes] = []
+
+    def __call__(self, message: Any) -> None:
+        self.payloads.append(message.payload)
+
+
+async def reconnect(driver: MQTTDriver, broker: MemoryBroker) -> None:
+    """Lose the link, and wait for the next one."""
+    generation = driver.generation
+    broker.drop("driver")
+    await driver.wait_state(State.BACKING_OFF)
+    await driver.wait_live()
+    assert driver.generation == generation + 1

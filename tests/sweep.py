@@ -36,19 +36,17 @@ PATIENCE = 1000.0
 
 
 class AtStep(trio.abc.Instrument):
-    """Does something just before the n-th step of some tasks, that is, right after a checkpoint of theirs.
+    """Does something just before the n-th step of a task, that is, right after its n-th checkpoint."""
 
-    Without ``tasks`` every step of every task counts.
-    """
-
-    def __init__(self, step: int, action: Callable[[], object], *tasks: trio.lowlevel.Task) -> None:
-        self._tasks = tasks
+    def __init__(self, step: int, action: Callable[[], object]) -> None:
+        self.task: trio.lowlevel.Task | None = None
+        """Whose steps count; None for all steps of all tasks."""
         self._left = step
         self._action = action
         self.fired = False
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if self.fired or (self._tasks and task not in self._tasks):
+        if self.fired or self.task not in (None, task):
             return
         self._left -= 1
         if not self._left:
@@ -131,7 +129,6 @@ async def _run(
     completed = 0
     leave = trio.Event()
     scope = trio.CancelScope()
-    instrument: AtStep | None = None
     driver = MQTTDriver(memory_config(broker, **case.options))
     scene = Scene(broker, driver)
 
@@ -145,12 +142,13 @@ async def _run(
         else:
             driver.force_reconnect("disturbed", even_if_live=True)
 
+    instrument = AtStep(step, disturb)
+
     async def call(first: bool) -> None:
-        nonlocal completed, instrument
+        nonlocal completed
         with scope if first else trio.CancelScope():
             if first:
-                own = () if any_task else (trio.lowlevel.current_task(),)
-                instrument = AtStep(step, disturb, *own)
+                instrument.task = None if any_task else trio.lowlevel.current_task()
                 trio.lowlevel.add_instrument(instrument)
             try:
                 await case.operation(scene)
@@ -160,7 +158,8 @@ async def _run(
             except (DriverClosedError, MessageLostError):
                 assert leave.is_set()
             except NotConnectedError:
-                assert leave.is_set() and case.raises
+                assert leave.is_set()
+                assert case.raises
             finally:
                 if first:
                     trio.lowlevel.remove_instrument(instrument)
@@ -172,16 +171,14 @@ async def _run(
         leave.set()
 
     with trio.fail_after(PATIENCE):
-        async with trio.open_nursery() as outside:
-            async with driver:
-                scene.kept.append(await driver.subscribe("before/#", scene.take, qos=1))
-                await _bring(link, scene, outside)
-                outside.start_soon(all_calls)
-                await leave.wait()
-                if disturbance != "leave":
-                    await settled()
-                    await check_usable(scene)
-    assert instrument is not None
+        async with trio.open_nursery() as outside, driver:
+            scene.kept.append(await driver.subscribe("before/#", scene.take, qos=1))
+            await _bring(link, scene, outside)
+            outside.start_soon(all_calls)
+            await leave.wait()
+            if disturbance != "leave":
+                await settled()
+                await check_usable(scene)
     check_closed(scene)
     return Run(instrument.fired, completed, broker)
 
@@ -291,4 +288,3 @@ def is_awaited(function: Callable[..., Any]) -> bool:
     if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
         return True
     return "Async" in str(getattr(inner, "__annotations__", {}).get("return", ""))
-

@@ -43,6 +43,21 @@ async def test_each_checkpoint(autojump_clock: MockClock, case: Case, disturbanc
         assert step > 1 or case.raises
 
 
+INTRICATE = ("ping", "publish_qos_2", "receive", "subscribe_what_is_subscribed", "unsubscribe_and_subscribe", "view")
+
+
+@pytest.mark.parametrize("disturbance", DISTURBANCES)
+@pytest.mark.parametrize("case", [case for case in CASES if repr(case) in INTRICATE], ids=repr)
+async def test_between_any_two_steps(autojump_clock: MockClock, case: Case, disturbance: str) -> None:
+    """Of any task of driver and broker: while a packet is half-way."""
+    step = 0
+    fired = True
+    while fired:
+        step += 1
+        fired = (await run(case, "up", disturbance, step, callers=2, any_task=True)).fired
+    assert step > 10
+
+
 async def test_publish_that_is_cancelled_before_acceptance_has_no_effect(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

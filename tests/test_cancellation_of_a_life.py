@@ -116,8 +116,8 @@ async def live(kind: Kind, disturbance: str, step: int, *, any_task: bool) -> Ou
                         broker.start()  # only the first endpoint's refusal is final
                     broker.drop()
 
-        own = () if any_task else (trio.lowlevel.current_task(),)
-        instrument = AtStep(step, disturb, *own)
+        instrument = AtStep(step, disturb)
+        instrument.task = None if any_task else trio.lowlevel.current_task()
         if not any(kind.up):
             nursery.start_soon(start)
         trio.lowlevel.add_instrument(instrument)

@@ -22,7 +22,14 @@ import trio
 
 from docs.state_diagram import draw
 from tests.test_layers import LAYERS
-from trio_mqtt_driver import BackoffConfig, ConnectionLostError, DriverConfig, MQTTDriver, TLSError
+from trio_mqtt_driver import (
+    BackoffConfig,
+    ConnectionLostError,
+    DriverConfig,
+    FailoverConfig,
+    MQTTDriver,
+    TLSError,
+)
 from trio_mqtt_driver._states import TRANSITIONS
 from trio_mqtt_driver.testing import MemoryBroker
 
@@ -136,13 +143,19 @@ def test_the_table_of_modules_is_that_of_the_layers() -> None:
 def test_the_table_of_timers_names_every_timer_and_its_default() -> None:
     in_seconds = {"keep_alive"} | {name for name in defaults(DriverConfig) if name.endswith("_timeout")}
     expected = {name: defaults(DriverConfig)[name] for name in in_seconds}
-    expected |= {f"backoff.{name}": value for name, value in defaults(BackoffConfig).items() if name not in NUMBERS}
-    found = {row[0]: float(row[1].removesuffix(" s")) for row in table("timeouts.md", "option")}
+    expected["session_expiry"] = defaults(DriverConfig)["session_expiry"]
+    groups: list[tuple[str, type[BackoffConfig | FailoverConfig]]] = [
+        ("backoff", BackoffConfig),
+        ("failover", FailoverConfig),
+    ]
+    for group, config in groups:
+        expected |= {f"{group}.{name}": value for name, value in defaults(config).items() if name not in NUMBERS}
+    found = {row[0]: float(row[1].removesuffix(" s")) for row in table("reconnection.md", "option")}
     assert found == expected
 
 
-NUMBERS = ("factor", "pause_after")
+NUMBERS = ("factor", "pause_after", "fail_after", "redirects")
 
 
-def defaults(config: type[DriverConfig | BackoffConfig]) -> dict[str, Any]:
+def defaults(config: type[DriverConfig | BackoffConfig | FailoverConfig]) -> dict[str, Any]:
     return {field.name: field.default for field in attrs.fields(config)}

@@ -1,4 +1,4 @@
-"""Leaving a driver whose link is live: handlers finish, what was published is acknowledged, within ``drain_timeout``."""
+"""Leaving a driver whose link is live: handlers finish, publishes are acknowledged, in ``drain_timeout``."""
 
 from __future__ import annotations
 
@@ -226,8 +226,9 @@ async def test_a_handler_that_fails_while_it_is_waited_for_ends_the_driver_with_
         await trio.sleep(1)
         raise ValueError(message.payload)
 
+    driver = MQTTDriver(make_config(on_handler_error="raise"))
     with pytest.raises(ValueError, match="first"):  # noqa: PT012  # the end is under test
-        async with MQTTDriver(make_config(on_handler_error="raise")) as driver:
+        async with driver:
             await driver.subscribe("in", worker, qos=1)
             await driver.subscribe("bad", fail, qos=1)
             for topic, payload in (("in", b"x"), ("bad", b"first"), ("bad", b"second")):
@@ -244,19 +245,20 @@ async def test_an_iterator_outside_the_block_gets_nothing_more_and_is_not_waited
 ) -> None:
     got: list[bytes] = []
     ended = trio.Event()
+    driver = MQTTDriver(make_config())
 
-    async def iterate(task_status: trio.TaskStatus[None]) -> None:
+    async def iterate() -> None:
         async with driver.subscription("in", qos=1) as messages:
-            task_status.started()
             async for message in messages:
                 got.append(message.payload)
                 await trio.sleep(10)
         ended.set()
 
     worker = Worker(2)
-    async with MQTTDriver(make_config()) as driver:
-        await nursery.start(iterate)
+    async with driver:
+        nursery.start_soon(iterate)
         await driver.subscribe("work", worker, qos=1)
+        await settled()
         broker.publish("work", b"x", qos=1)
         for payload in (b"1", b"2"):
             broker.publish("in", payload, qos=1)
@@ -406,4 +408,3 @@ async def test_nothing_to_drain_takes_no_time_and_is_not_mentioned(
         await driver.subscribe("in", Worker(1))
     assert trio.current_time() == 0
     assert (left_behind(driver), driver.undelivered) == ([], ())
-

@@ -1,4 +1,4 @@
-"""Leaving a driver when things go wrong: the link is lost meanwhile, there is none, the body was cancelled or raised."""
+"""Leaving a driver when things go wrong: the link is lost meanwhile, or there is none; the body did not just end."""
 
 from __future__ import annotations
 
@@ -326,13 +326,14 @@ async def test_a_refusal_for_good_leaves_everything_behind(
 ) -> None:
     worker = Worker(100)
     driver = MQTTDriver(make_config())
+    receipts: list[Receipt] = []
     with pytest.raises(RefusedError):  # noqa: PT012  # the end is under test
         async with driver:
             await driver.subscribe("in", worker, qos=1)
             broker.publish("in", b"x", qos=1)
             await settled()
             broker.faults.hold(Kind.PUBACK)
-            receipts = [driver.publish_nowait("out", str(number), qos=1) for number in range(2)]
+            receipts += [driver.publish_nowait("out", str(number), qos=1) for number in range(2)]
             await settled()
             broker.faults.refuse_connect(0x87)
             broker.drop()

@@ -11,6 +11,7 @@ from trio_mqtt_driver import ProtocolError
 from trio_mqtt_driver._inflight import IncomingWindow, OutgoingWindow, PacketIds
 from trio_mqtt_driver._outbox import Outgoing
 from trio_mqtt_driver._packets import PUBACK, PUBCOMP, PUBREC, PUBREL, encode_ack
+from trio_mqtt_driver._session import Session
 from trio_mqtt_driver._types import Message
 
 
@@ -182,6 +183,82 @@ def test_every_message_comes_out_of_the_window_once_whatever_the_broker_acknowle
     assert sorted(map(id, out)) == sorted(map(id, messages))
 
 
+# -- a session that goes on -------------------------------------------------------------------------------------------
+
+
+def take_up(sending: OutgoingWindow) -> list[tuple[str, bool]]:
+    """Everything that may be taken up now: its topic, and whether it goes on with PUBREL."""
+    found: list[tuple[str, bool]] = []
+    while sending.has_unsent and sending.may_take_up:
+        packet_id, message, released = sending.take_unsent()
+        sending.written(message, packet_id)
+        found.append((message.topic, released))
+    return found
+
+
+def test_pubrels_are_taken_up_in_the_order_of_the_pubrecs_and_then_publishes_in_that_of_the_first_sending() -> None:
+    sending = window()
+    messages = [outgoing(2, topic=str(number)) for number in range(5)]
+    ids = send(sending, *messages)
+    for number in (3, 1):
+        sending.acknowledge(PUBREC, ids[number], 0, 1.0)
+    sending.begin_again()
+    assert sending.free == 10
+    assert take_up(sending) == [("3", True), ("1", True), ("0", False), ("2", False), ("4", False)]
+    assert sending.free == 5
+
+
+def test_what_is_taken_up_keeps_to_a_window_that_has_become_smaller_but_a_pubrel_needs_no_room() -> None:
+    sending = window()
+    ids = send(sending, *[outgoing(2, topic=str(number)) for number in range(4)])
+    sending.acknowledge(PUBREC, ids[0], 0, 1.0)
+    sending.acknowledge(PUBREC, ids[1], 0, 1.0)
+    sending.begin_again()
+    sending.size = 1
+    assert take_up(sending) == [("0", True), ("1", True)]
+    sending.acknowledge(PUBCOMP, ids[0], 0, 2.0)
+    assert take_up(sending) == []
+    sending.acknowledge(PUBCOMP, ids[1], 0, 2.0)
+    assert take_up(sending) == [("2", False)]
+
+
+def test_what_was_not_taken_up_yet_is_not_late() -> None:
+    sending = window()
+    (packet_id,) = send(sending, outgoing(1))
+    sending.flushed(10, 1.0)
+    assert sending.oldest_sent_at == 1.0
+    sending.begin_again()
+    assert sending.oldest_sent_at == math.inf
+    take_up(sending)
+    sending.flushed(packet_id, 5.0)
+    assert sending.oldest_sent_at == 5.0
+
+
+def test_what_was_not_taken_up_yet_is_taken_back_with_the_rest() -> None:
+    sending = window()
+    messages = [outgoing(2, topic=str(number)) for number in range(3)]
+    ids = send(sending, *messages)
+    sending.acknowledge(PUBREC, ids[1], 0, 1.0)
+    sending.begin_again()
+    sending.take_unsent()
+    assert sending.take_back() == messages
+    assert not sending.has_unsent
+    assert sending.free == 10
+
+
+def test_the_identifiers_of_a_session_that_ended_are_free() -> None:
+    session = Session()
+    session.begin(present=False)
+    message = outgoing(2)
+    packet_id = session.outgoing.add(message)
+    session.outgoing.drop(packet_id)  # the broker may have it, so its identifier stays in use
+    assert packet_id not in [session.ids.allocate() for _ in range(65534)]
+    with pytest.raises(RuntimeError, match="in use"):
+        session.ids.allocate()
+    session.begin(present=False)
+    assert packet_id in [session.ids.allocate() for _ in range(65535)]
+
+
 # -- incoming -------------------------------------------------------------------------------------------------------
 
 
@@ -223,3 +300,31 @@ def test_a_pubrel_of_nothing_is_completed() -> None:
     receiving = IncomingWindow(10)
     assert receiving.release(7, 4) == encode_ack(PUBCOMP, 7)
     assert receiving.release(7, 5) == encode_ack(PUBCOMP, 7, 0x92)
+
+
+def test_another_connection_of_the_session_knows_what_the_one_before_has_delivered() -> None:
+    session = Session()
+    first, second = (IncomingWindow(10, session.received) for _ in range(2))
+    message = incoming(2)
+    assert first.publish(message) == (True, b"")
+    assert first.keeps(1)
+    assert second.publish(Message("a", b"", 2, dup=True, packet_id=1)) == (False, b"")
+    assert (len(second), second.unprocessed) == (1, 1)
+    session.processed(1)
+    assert second.acknowledge_2(1) == encode_ack(PUBREC, 1)
+    assert (len(second), second.unprocessed) == (1, 0)
+    third = IncomingWindow(10, session.received)
+    assert third.publish(Message("a", b"", 2, dup=True, packet_id=1)) == (False, encode_ack(PUBREC, 1))
+    assert third.release(1, 5) == encode_ack(PUBCOMP, 1)
+    assert not first.keeps(1)
+
+
+def test_an_identifier_that_comes_anew_on_another_connection_is_another_message() -> None:
+    session = Session()
+    first, second = (IncomingWindow(10, session.received) for _ in range(2))
+    first.publish(incoming(2))
+    session.processed(1)
+    assert second.publish(incoming(2)) == (True, b"")
+    assert not first.keeps(1)
+    assert second.keeps(1)
+    assert second.publish(incoming(2)) == (False, b"")  # the same connection: a repetition

@@ -218,24 +218,6 @@ async def test_disconnect_is_one_packet_without_a_reason(version: int) -> None:
         assert decoded(control.disconnect_packet(end_session=False), version=version) == [Disconnect()]
 
 
-@both_versions
-async def test_disconnect_may_end_the_session_with_mqtt_5(version: int) -> None:
-    expected = Disconnect(properties={"session_expiry": 0}) if version == 5 else Disconnect()
-    async with connected(version) as control:
-        assert decoded(control.disconnect_packet(end_session=True), version=version) == [expected]
-
-
-@both_versions
-async def test_a_session_that_is_to_last_is_asked_for(version: int) -> None:
-    config = DriverConfig(endpoint=Endpoint(host="h", port=1), stable_id=True, session_expiry=77)
-    for clean_start in (True, False):
-        async with control_packets(version, clean_start=clean_start) as control:
-            (packet,) = decoded(control.connect_packet(config, None))
-            assert isinstance(packet, Connect)
-            assert packet.clean_start is clean_start
-            assert packet.properties.get("session_expiry") == (77 if version == 5 else None)
-
-
 @pytest.mark.parametrize("data", [None, b"", b"proof" * 100])
 async def test_auth_continues_the_exchange(data: bytes | None) -> None:
     async with control_packets(5) as control:

@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable
 import attrs
 import pytest
 import trio
-import trio.testing
 from trio.testing import MockClock
 
 from tests.bytes_cut import BadNetwork
@@ -126,7 +125,7 @@ async def test_qos_1_arrives_at_least_once_and_the_first_time_in_order(
         assert first == sorted(first), topic
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("qos", [1, 2])
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 async def test_a_broker_that_loses_its_sessions_gets_all_messages_at_least_once(

@@ -250,7 +250,7 @@ async def test_a_publish_that_was_given_up_is_finished_all_the_same(
         await driver.wait_state(State.BACKING_OFF)
         await driver.wait_live()
         await settled()
-        assert [one for one in exchanges(connections(broker)[-1]) if one[0] == "a"][0][2] is True
+        assert next(dup for name, _, dup in exchanges(connections(broker)[-1]) if name == "a")
         assert driver.status().in_flight == 0
         assert driver.status().queued == 0
     assert len(taken(broker)) == (2 if qos == 1 else 1)

@@ -211,6 +211,33 @@ async def test_no_snapshot_is_delivered_after_a_disconnect(
     assert {state for state, _ in got} == {State.LIVE}
 
 
+async def test_changes_end_with_the_driver(
+    broker: MemoryBroker, config: DriverConfig, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """For a task outside its block; what was due then is not delivered."""
+    got: list[dict[str, str]] = []
+    ended = trio.Event()
+    driver = MQTTDriver(config)
+    view = StateView(driver, "panel/+", Zone, debounce=5)
+
+    async def follow() -> None:
+        async with view:
+            async for topics in view.changes():
+                got.append(names(topics))  # noqa: PERF401  # looked at while it goes on
+            assert [topics async for topics in view.changes()] == []
+        ended.set()
+
+    say(broker, 1, "one")
+    async with driver:
+        nursery.start_soon(follow)
+        await settled()
+        say(broker, 1, "due in 5 s")
+        await trio.sleep(1)
+    await ended.wait()
+    assert got == [{"panel/1": "one"}]
+    assert trio.current_time() == 1 + 4
+
+
 async def test_misfits_change_nothing(broker: MemoryBroker, config: DriverConfig, autojump_clock: MockClock) -> None:
     dead: list[bytes] = []
 

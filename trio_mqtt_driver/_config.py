@@ -288,7 +288,7 @@ class DriverConfig:
     """How long ``publish()`` waits in all, outages included, before it gives the message up."""
     disconnect_timeout: float = attrs.field(default=2.0, validator=seconds)
     drain_timeout: float = attrs.field(default=5.0, validator=seconds)
-    """How long leaving a live link waits for handlers and for what is not acknowledged, and how long ``drain()`` does."""
+    """How long leaving a live link waits for handlers and acknowledgements, and how long ``drain()`` does."""
     backoff: BackoffConfig = attrs.field(factory=BackoffConfig, validator=instance(BackoffConfig))
     retry_refusals: frozenset[ReasonCode] = attrs.field(
         default=frozenset[ReasonCode](), converter=_frozenset, validator=_reason_codes

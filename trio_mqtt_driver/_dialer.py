@@ -73,8 +73,8 @@ class Dialer:
         client_id = self._attempts.client_id(config, generation)
         session = self._session_for(client_id, config, version)
         if session.key is not None and not session.established:
-            # An older session of this name goes first. 3.1.1 has no clean start for one that is to last; and mosquitto
-            # (2.0.11) does not write down an MQTT 5 session whose last CONNECT had it, so that a restart would lose it.
+            # An older session of this name goes first. 3.1.1 has no clean start for one that is to last, and mosquitto
+            # (2.0.11) does not save an MQTT 5 session whose last CONNECT had it: a restart would lose it.
             brief = config.evolve(stable_id=False, will=None, availability=None)
             await self._run(brief, version, client_id, generation, Session(), _wipe)
             session.wiped = True

@@ -52,9 +52,10 @@ class MQTTDriver:
     With ``start="background"`` it enters at once; then ``await driver.wait_live()``.
 
     ``config`` is a URL, with the fields of `DriverConfig` as keywords, or a `DriverConfig`. ``rng`` is where jitter
-    comes from. A driver may be used once, from the Trio thread only. Leaving a live link takes at most ``drain_timeout``,
-    in which handlers finish the messages that are here and what was published is acknowledged, and
-    ``disconnect_timeout``, also when cancelled. What is left is in `undelivered`.
+    comes from. A driver may be used once, from the Trio thread only.
+
+    Leaving a live link takes at most ``drain_timeout``, in which handlers finish the messages that are here and what
+    was published is acknowledged, and ``disconnect_timeout``, also when cancelled. `undelivered` tells what is left.
 
     The body's own exception leaves as itself. A terminal `ConnectError` (bad credentials, say) cancels the body and is
     raised; so is a handler's exception with ``on_handler_error="raise"``.
@@ -230,8 +231,8 @@ class MQTTDriver:
         """Wait until all that was published so far is acknowledged, for ``drain_timeout`` at most; return what of it
         is not, oldest first.
 
-        An outage is waited out, within that time. The driver goes on as before. Leaving it drains by itself. Cancelling
-        ends the wait and nothing else. Raises ``DriverClosedError``, but not if the driver ends meanwhile.
+        An outage is waited out, within that time. The driver goes on as before. Leaving it drains by itself.
+        Cancelling ends the wait and nothing else. Raises ``DriverClosedError``, but not if the driver ends meanwhile.
         """
         await trio.lowlevel.checkpoint()
         self._check_open()

@@ -157,7 +157,7 @@ class Endpoints(Generic[T]):
         """The attempt has failed, or its link is over.
 
         It is a failure of the endpoint unless the link was stable, or ``error`` is None: the driver itself ended or
-        abandoned it, or what failed has nothing to do with the endpoint (an ``options_factory``).
+        abandoned it.
 
         :param error: why, in bounded length: it is kept.
         :returns: True after a failure if the next attempt goes to an endpoint that has not had its turn since the last

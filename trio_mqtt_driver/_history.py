@@ -144,7 +144,7 @@ class History:
         # Weak: a consumer that went away without a word must not be fed for the rest of the driver's life.
         self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
         self._ended = False
-        self.counters = Counters()
+        self.counters: Counters = Counters()
 
     def __len__(self) -> int:
         return len(self._events)

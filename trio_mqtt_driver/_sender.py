@@ -81,7 +81,8 @@ class Sender:
         return self._window.free > 0
 
     async def wait_room(self) -> None:
-        """Return when the window takes a message of QoS 1 or 2. Checkpoints only if it has to wait."""
+        """Return when the window takes a message of QoS 1 or 2."""
+        await trio.lowlevel.checkpoint()
         while self._window.has_unsent or self._window.free <= 0:
             self._acknowledged = trio.Event()
             await self._acknowledged.wait()

@@ -137,6 +137,7 @@ class Subscription(Generic[T]):
 
     @property
     def idle(self) -> bool:
+        """Whether nothing is queued and nothing is being processed."""
         return not self.unprocessed
 
     # -- the filling end ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.testing.peers import join, knock, nothing, subscribe
+from tests.testing.peers import join, knock, nothing, publish, subscribe
 from trio_mqtt_driver.testing import Ack, Connack, Disconnect, Kind, MemoryBroker, Publish, RawClient, Will
 
 KEPT = {"session_expiry": 100}
@@ -115,6 +115,25 @@ async def test_a_smaller_receive_maximum_holds_when_resuming(broker: MemoryBroke
         assert await nothing(client)
         await client.send(Ack(kind=Kind.PUBACK, packet_id=packet.packet_id))
     assert await nothing(client)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+async def test_an_identifier_that_an_older_connection_left_open_is_in_use(broker: MemoryBroker, version: int) -> None:
+    client, _ = await resume(broker, version)
+    await client.send(Publish(topic="t", payload=b"1", qos=2, packet_id=1))
+    assert (await client.expect(Ack)).kind is Kind.PUBREC
+    broker.drop("c")
+    client, _ = await resume(broker, version)
+    await client.send(Publish(topic="t", payload=b"1", qos=2, packet_id=1, dup=True))
+    assert (await client.expect(Ack)).kind is Kind.PUBREC
+    assert not broker.violations
+    await client.send(Publish(topic="t", payload=b"2", qos=1, packet_id=1))
+    assert "Packet Identifier 1 is still in use" in (await broker.wait_for(lambda: broker.violations))[0][1]
+    client, _ = await resume(broker, version)
+    await client.send(Ack(kind=Kind.PUBREL, packet_id=1))
+    assert (await client.expect(Ack)).kind is Kind.PUBCOMP
+    await publish(client, "t", b"2")
+    assert len(broker.violations) == 1
 
 
 async def test_qos_2_is_exactly_once_across_a_reconnect(broker: MemoryBroker) -> None:
