@@ -8,7 +8,14 @@ from typing import Any
 import trio
 
 from tests.sweep import Case, Operation, Scene
-from trio_mqtt_driver import ConnectionLostError, NotConnectedError, PublishTimeoutError, State, StateView
+from trio_mqtt_driver import (
+    ConnectionLostError,
+    DriverClosedError,
+    NotConnectedError,
+    PublishTimeoutError,
+    State,
+    StateView,
+)
 
 CASES: list[Case] = []
 
@@ -119,6 +126,27 @@ async def unsubscribe_and_subscribe(scene: Scene) -> None:
     if scene.kept:
         scene.driver.unsubscribe_nowait(scene.kept.pop())
     scene.kept.append(await scene.driver.subscribe("before/#", scene.take))
+
+
+@covers("MQTTDriver.subscribe", "MQTTDriver.unsubscribe")
+async def unsubscribe_while_it_is_subscribed(scene: Scene) -> None:
+    """Whoever still waits for the broker's answer to SUBSCRIBE is told."""
+
+    async def subscribe_in_vain() -> None:
+        try:
+            await scene.driver.subscribe("vain/#", scene.take)
+        except DriverClosedError:
+            pass
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(subscribe_in_vain)
+            await trio.lowlevel.checkpoint()
+            if scene.driver._dispatcher.find("vain/#"):
+                await scene.driver.unsubscribe("vain/#")
+    finally:
+        for subscription in scene.driver._dispatcher.find("vain/#"):
+            scene.driver.unsubscribe_nowait(subscription)
 
 
 @covers("MQTTDriver.wait_live")
