@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The gate sets it to `-m coverage run`.
+# How the tests are run to measure coverage: `-m coverage run`.
 COVERAGE ?=
 # More for pytest, e.g. make test ARGS='-k topics -x'
 ARGS ?=

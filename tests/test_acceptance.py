@@ -119,6 +119,7 @@ async def test_a_reconnect_by_hand_while_paused_is_made_at_once(
 # -- with every seed --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 async def test_the_default_back_off_keeps_the_minute_with_every_seed(
     broker: MemoryBroker, kind: Callable[[Network, float], Awaitable[None]], autojump_clock: MockClock

@@ -38,6 +38,7 @@ def messages_in_memory() -> int:
     return sum(isinstance(one, Outgoing) for one in gc.get_objects())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("waiting", [0, 3])
 @pytest.mark.parametrize("qos", [0, 1])
 async def test_messages_that_timed_out_while_offline_are_let_go(
@@ -208,6 +209,7 @@ def wave(monkeypatch: pytest.MonkeyPatch) -> int:
     return 100
 
 
+@pytest.mark.long
 async def test_the_packets_of_a_replay_wait_for_answers_a_bounded_number_at_a_time(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker, wave: int
 ) -> None:

@@ -190,6 +190,7 @@ async def test_a_life_ends_whatever_happens(autojump_clock: MockClock, kind: Kin
     await sweep(kind, disturbance, any_task=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("disturbance", CHECKS)
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]], ids=repr)
 async def test_a_life_ends_whatever_happens_between_any_two_steps(

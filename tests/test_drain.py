@@ -408,3 +408,17 @@ async def test_nothing_to_drain_takes_no_time_and_is_not_mentioned(
         await driver.subscribe("in", Worker(1))
     assert trio.current_time() == 0
     assert (left_behind(driver), driver.undelivered) == ([], ())
+
+
+async def test_what_was_queued_when_the_driver_ended_is_counted(
+    autojump_clock: MockClock, broker: MemoryBroker, make_config: Maker
+) -> None:
+    async def hang(_message: Message[bytes]) -> None:
+        await trio.sleep_forever()
+
+    async with MQTTDriver(make_config(drain_timeout=1)) as driver:
+        subscription = await driver.subscribe("in", hang, qos=1)
+        for number in range(4):
+            broker.publish("in", str(number), qos=1)
+        await settled()
+    assert driver.status().counters["dropped"] == subscription.statistics().dropped == 3

@@ -185,6 +185,7 @@ async def test_an_iterator_lives_across_reconnects(
     assert got == [(payload, generation) for generation in (1, 2, 3) for payload in (b"x", b"y")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 async def test_ten_thousand_subscriptions_are_replayed_in_one_go(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker, protocol: str

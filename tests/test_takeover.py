@@ -63,3 +63,22 @@ async def test_a_single_takeover_costs_one_quick_attempt(broker: MemoryBroker, a
         assert new.state is State.LIVE
         assert new.generation == 2
         assert new.status().failures == 1
+
+
+async def test_who_was_thrown_out_comes_back_with_its_subscriptions(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
+    """What the broker has under the client ID then is the other one's session."""
+    got: list[bytes] = []
+    config = memory_config(broker, client_id="both", stable_id=True, protocol="5")
+    async with MQTTDriver(config) as one:
+        await one.subscribe("in", lambda message: got.append(message.payload), qos=1)
+        other = MQTTDriver(config)
+        async with other:
+            assert one.state is not State.LIVE
+            other.pause("it has done enough")
+            await one.wait_live()
+            broker.publish("in", b"1", qos=1)
+            await trio.sleep(1)
+            assert got == [b"1"]
+    assert not broker.violations

@@ -104,6 +104,14 @@ async def test_what_is_not_a_state(config: DriverConfig) -> None:
             await driver.wait_state("live")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # what untyped callers do
 
 
+async def test_closed_is_there_at_once_when_the_driver_was_left(config: DriverConfig) -> None:
+    async with MQTTDriver(config) as driver:
+        pass
+    assert await driver.wait_state(State.LIVE, State.CLOSED) is State.CLOSED
+    with pytest.raises(DriverClosedError):
+        await driver.wait_state(State.LIVE)
+
+
 async def test_cancelled_waits_leave_nothing_behind(config: DriverConfig) -> None:
     async with MQTTDriver(config) as driver:
         with trio.move_on_after(0.01):

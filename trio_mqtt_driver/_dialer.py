@@ -10,7 +10,7 @@ import trio
 from ._attempts import Attempts
 from ._config import Attempt, DriverConfig, Endpoint
 from ._connection import Connection
-from ._errors import MQTTDriverError
+from ._errors import MQTTDriverError, ServerDisconnectedError
 from ._handshake import handshake_by
 from ._history import Counters
 from ._inbox import Inbox
@@ -116,8 +116,12 @@ class Dialer:
             self.connection = None
             if session.key is None:
                 self._outbox.put_back(session.end())
-        if connection.cause is not None:
-            raise connection.cause
+        cause = connection.cause
+        if isinstance(cause, ServerDisconnectedError) and cause.taken_over:
+            # Whoever took the session over has wiped it or uses its identifiers: what the broker has is not ours.
+            self.adopt(Session())
+        if cause is not None:
+            raise cause
 
     def adopt(self, session: Session) -> None:
         """A broker has accepted a connection of this session."""

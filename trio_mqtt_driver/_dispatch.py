@@ -247,8 +247,10 @@ class Dispatcher:
         return sum(one.unprocessed for one in self._open | self._handling)
 
     def close_all(self) -> None:
+        """The driver ends: what was not processed is lost."""
         for subscription in list(self._open):
             self._open.discard(subscription)
+            subscription.abandon()
             subscription.close()
 
     # -- handlers -----------------------------------------------------------------------------------------------------

@@ -384,7 +384,8 @@ class MQTTDriver:
         driver (a terminal ``ConnectError``), if none of them will come.
         """
         wanted = check_states(states)
-        self._check_open()
+        if self.state not in wanted:
+            self._check_open()
         return await self._supervisor.wait_state(wanted)
 
     async def ping(self) -> float:

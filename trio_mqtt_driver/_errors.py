@@ -88,6 +88,11 @@ class ServerDisconnectedError(ConnectionLostError):
         self.reason_code = reason_code
         self.server_reference = server_reference
 
+    @property
+    def taken_over(self) -> bool:
+        """Whether another client with our client ID has taken our place."""
+        return self.reason_code == ReasonCode.SESSION_TAKEN_OVER
+
     def __str__(self) -> str:
         return str(self.args[0])
 

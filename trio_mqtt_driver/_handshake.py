@@ -76,4 +76,7 @@ def _check(connection: Connection, answer: ConnAck) -> None:
     if code != ReasonCode.SUCCESS:
         raise ProtocolError(f"protocol error: CONNACK with reason code {code} [MQTT-3.2.2-8]")
     if answer.session_present and not connection.session.established:
-        raise ProtocolError("protocol error: Session Present after a clean start [MQTT-3.2.2-2]")
+        raise ProtocolError(
+            "protocol error: Session Present, although the session was to begin clean [MQTT-3.2.2-2]; "
+            "does another client use this client ID?"
+        )

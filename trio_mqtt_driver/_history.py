@@ -106,7 +106,8 @@ class Counters:
     """From the stream, all packets."""
     bytes_out: int = 0
     dropped: int = 0
-    """Messages dropped by a subscription's overflow policy, or that came when the driver was being left."""
+    """Messages dropped by a subscription's overflow policy, or that came, or were still queued, when the driver was
+    left."""
     unrouted: int = 0
     """Messages that matched no subscription."""
     dead_letters: int = 0

@@ -44,7 +44,8 @@ class SubscriptionStatistics:
     delivered: int
     """Given to the handler or handed out by the iterator."""
     dropped: int
-    """By the overflow policy: of QoS 0, and of any QoS if the connection that brought it is over."""
+    """By the overflow policy: of QoS 0, and of any QoS if the connection that brought it is over; or still queued when
+    the driver ended."""
     dead_letters: int
     """Payloads that fit neither this message class nor that of another subscription of the same filter."""
     handler_errors: int
@@ -185,6 +186,12 @@ class Subscription(Generic[T]):
         while self._queue:
             self._queue.popleft()._done()  # pyright: ignore[reportPrivateUsage]
         self._changed(self)
+
+    def abandon(self) -> None:
+        """Drop what is queued: nobody will process it, and no connection is left to acknowledge it on."""
+        self._dropped += len(self._queue)
+        self._counters.dropped += len(self._queue)
+        self._queue.clear()
 
     # -- the emptying end ---------------------------------------------------------------------------------------------
 

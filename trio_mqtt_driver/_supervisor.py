@@ -44,7 +44,7 @@ from ._registry import Registry, Standing
 from ._replay import synchronise
 from ._states import States
 from ._status import Status
-from ._types import Diagnosis, ReasonCode, State
+from ._types import Diagnosis, State
 from ._versions import Versions
 
 logger = logging.getLogger("trio_mqtt_driver")
@@ -315,9 +315,7 @@ class Supervisor:
         now = trio.current_time()
         if live:
             what = "connection lost"
-            taken_over = (
-                isinstance(error, ServerDisconnectedError) and error.reason_code == ReasonCode.SESSION_TAKEN_OVER
-            )
+            taken_over = isinstance(error, ServerDisconnectedError) and error.taken_over
             delay = self._backoff.lost(now, now - self._live_since, taken_over=taken_over)
         else:
             what = "attempt failed"
@@ -342,7 +340,7 @@ class Supervisor:
             self._to(
                 State.PAUSED,
                 f"reconnect paused after {self._backoff.failures} failures without a stable link, last error: {said}, "
-                f"next trial in {delay.seconds:.0f} s",
+                f"next trial in {round(delay.seconds, 1):g} s",
                 error,
             )
         else:
@@ -361,7 +359,7 @@ class Supervisor:
         self._resumed.set()
         self._backoff.reset()
         self._failover.reset()
-        self._record("force reconnect", f"reconnecting at once: {reason}")
+        self.note("force reconnect", f"reconnecting at once: {reason}")
         if self.state is State.LIVE:
             self._replace(reason)
         elif even_if_live and self.state not in (State.BACKING_OFF, State.PAUSED):

@@ -26,7 +26,7 @@ class FaultProxy:
     ::
 
         proxy = FaultProxy(nursery, broker.port)
-        config = DriverConfig(url=proxy.url)
+        config = DriverConfig.from_url(proxy.url)
         with proxy.blackhole():
             ...                         # connections stay open, nothing arrives
         with proxy.delay(0.3, jitter=0.2), proxy.bandwidth(2000):
@@ -76,7 +76,7 @@ class FaultProxy:
 
     @property
     def url(self) -> str:
-        """Where clients find it, for ``DriverConfig(url=…)``."""
+        """Where clients find it, for ``DriverConfig.from_url()``."""
         return f"mqtt://{self.host}:{self.port}"
 
     @property
