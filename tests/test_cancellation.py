@@ -25,6 +25,7 @@ def test_each_public_async_method_has_a_case() -> None:
     assert covered | COVERED == public_async_methods()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("disturbance", DISTURBANCES)
 @pytest.mark.parametrize("case", CASES, ids=repr)
 async def test_each_checkpoint(autojump_clock: MockClock, case: Case, disturbance: str) -> None:

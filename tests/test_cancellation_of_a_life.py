@@ -184,6 +184,7 @@ async def sweep(kind: Kind, disturbance: str, *, any_task: bool) -> None:
     assert step > 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("disturbance", CHECKS)
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 async def test_a_life_ends_whatever_happens(autojump_clock: MockClock, kind: Kind, disturbance: str) -> None:
