@@ -52,7 +52,7 @@ class Names(trio.abc.HostnameResolver):
         return (trio.socket.AF_INET, *kind, (address, port))
 
     async def getnameinfo(self, sockaddr: Any, flags: int) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # the base class wants it; whoever connects does not ask for names
 
 
 @pytest.fixture
