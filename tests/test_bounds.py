@@ -22,7 +22,7 @@ from trio_mqtt_driver import (
     SubscribeError,
     _replay,
 )
-from trio_mqtt_driver._outbox import Outgoing
+from trio_mqtt_driver._outgoing import Outgoing
 from trio_mqtt_driver.testing import Kind, MemoryBroker, Subscribe, Unsubscribe
 
 settled = trio.testing.wait_all_tasks_blocked

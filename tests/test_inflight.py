@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from trio_mqtt_driver import ProtocolError
 from trio_mqtt_driver._inflight import IncomingWindow, OutgoingWindow, PacketIds
-from trio_mqtt_driver._outbox import Outgoing
+from trio_mqtt_driver._outgoing import Outgoing
 from trio_mqtt_driver._packets import PUBACK, PUBCOMP, PUBREC, PUBREL, encode_ack
 from trio_mqtt_driver._session import Session
 from trio_mqtt_driver._types import Message

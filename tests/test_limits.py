@@ -6,7 +6,7 @@ import pytest
 
 from trio_mqtt_driver import ReasonCode, ServerLimitError
 from trio_mqtt_driver._limits import publish_error, subscribe_refusal
-from trio_mqtt_driver._outbox import Outgoing
+from trio_mqtt_driver._outgoing import Outgoing
 from trio_mqtt_driver._packets import encode_publish
 from trio_mqtt_driver._types import ServerLimits
 

@@ -7,7 +7,8 @@ import trio
 import trio.testing
 
 from trio_mqtt_driver import MessageLostError, OutboxFullError, Receipt
-from trio_mqtt_driver._outbox import Outbox, Outgoing, wait_settled
+from trio_mqtt_driver._outbox import Outbox
+from trio_mqtt_driver._outgoing import Outgoing, wait_settled
 from trio_mqtt_driver._types import PublishResult, ReasonCode
 
 RESULT = PublishResult(reason_code=ReasonCode.SUCCESS, generation=1, attempts=1, latency=0.5)

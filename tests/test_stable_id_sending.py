@@ -16,7 +16,7 @@ from trio_mqtt_driver import (
     ServerLimitError,
     State,
 )
-from trio_mqtt_driver._outbox import Receipt
+from trio_mqtt_driver._outgoing import Receipt
 from trio_mqtt_driver.testing import Direction, Disconnect, Kind, MemoryBroker, Publish
 
 settled = trio.testing.wait_all_tasks_blocked

@@ -43,7 +43,7 @@ from ._errors import (
 )
 from ._events import EventStream as EventStream
 from ._history import Event as Event
-from ._outbox import Receipt as Receipt, Undelivered as Undelivered
+from ._outgoing import Receipt as Receipt, Undelivered as Undelivered
 from ._registry import SubscriptionOptions as SubscriptionOptions
 from ._state_view import StateView as StateView
 from ._status import Status as Status

@@ -11,7 +11,7 @@ from ._codecs import decoder, encode_payload
 from ._config import DriverConfig
 from ._dispatch import Dispatcher
 from ._history import Counters
-from ._outbox import Outgoing
+from ._outgoing import Outgoing
 from ._properties import encode_publish_properties
 from ._registry import SubscriptionOptions
 from ._subscription import DeadLetterHandler, Handler, Subscription

@@ -22,7 +22,7 @@ from ._dispatch import Dispatcher
 from ._errors import PublishRefusedError, ServerLimitError
 from ._history import Counters
 from ._limits import publish_error
-from ._outbox import Outgoing
+from ._outgoing import Outgoing
 from ._subscription import Subscription
 from ._topics import check_topic
 from ._types import Message

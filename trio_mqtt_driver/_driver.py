@@ -29,7 +29,8 @@ from ._events import EventStream
 from ._history import History
 from ._lifespan import Lifespan
 from ._limits import subscribe_refusal
-from ._outbox import Outbox, Receipt, Undelivered, wait_settled
+from ._outbox import Outbox
+from ._outgoing import Receipt, Undelivered, wait_settled
 from ._publisher import Publisher
 from ._registry import Registry
 from ._status import Status

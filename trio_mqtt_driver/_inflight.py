@@ -12,7 +12,7 @@ from collections import deque
 import attrs
 
 from ._errors import ProtocolError
-from ._outbox import Outgoing
+from ._outgoing import Outgoing
 from ._packets import PUBACK, PUBCOMP, PUBREC, PUBREL, encode_ack, packet_name
 from ._types import Message, ReasonCode
 

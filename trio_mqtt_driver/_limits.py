@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._errors import ServerLimitError
-from ._outbox import Outgoing
+from ._outgoing import Outgoing
 from ._topics import split_share
 from ._types import ReasonCode, ServerLimits, UserProperties
 

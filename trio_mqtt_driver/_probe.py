@@ -9,7 +9,7 @@ import trio
 from ._connection import Connection
 from ._errors import ProbeError, PublishRefusedError
 from ._limits import publish_error
-from ._outbox import Outgoing
+from ._outgoing import Outgoing
 from ._paho import SubscribeRequest
 from ._replies import Reply
 from ._topics import MAXIMUM_LENGTH, check_topic

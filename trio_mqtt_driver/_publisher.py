@@ -9,7 +9,8 @@ import trio
 
 from ._errors import DriverClosedError, NotConnectedError, PublishTimeoutError
 from ._limits import publish_error
-from ._outbox import Outbox, Outgoing, Receipt
+from ._outbox import Outbox
+from ._outgoing import Outgoing, Receipt
 from ._supervisor import Supervisor
 from ._types import OfflinePolicy, PublishResult, State
 

@@ -11,7 +11,8 @@ from ._config import DriverConfig
 from ._errors import ProtocolError, PublishRefusedError
 from ._history import Counters
 from ._limits import publish_error
-from ._outbox import Outbox, Outgoing
+from ._outbox import Outbox
+from ._outgoing import Outgoing
 from ._packets import PUBCOMP, PUBREL, encode_ack, encode_publish, packet_name
 from ._session import Session
 from ._types import PublishResult, ReasonCode, ServerLimits

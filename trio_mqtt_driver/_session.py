@@ -14,7 +14,7 @@ import attrs
 
 from ._config import Endpoint
 from ._inflight import OutgoingWindow, PacketIds, Received
-from ._outbox import Outgoing
+from ._outgoing import Outgoing
 
 
 @attrs.frozen

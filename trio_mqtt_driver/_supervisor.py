@@ -38,7 +38,8 @@ from ._failover import Failover
 from ._handshake import handshake_by
 from ._history import History
 from ._inbox import Inbox
-from ._outbox import Outbox, Outgoing
+from ._outbox import Outbox
+from ._outgoing import Outgoing
 from ._probe import probe
 from ._registry import Registry, Standing
 from ._replay import synchronise

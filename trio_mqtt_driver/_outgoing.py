@@ -1,0 +1,153 @@
+"""A message on its way out, from the call that published it to its outcome, and what callers see of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import attrs
+import trio
+
+from ._errors import MessageLostError
+from ._properties import decode_publish_block
+from ._types import OfflinePolicy, PublishProperties, PublishResult
+
+_OVERHEAD = 200
+"""Bytes that an accepted message costs besides its topic, payload and properties, roughly."""
+
+
+@attrs.define(eq=False)
+class Outgoing:
+    """One message on its way out, from acceptance to its outcome."""
+
+    topic: str
+    raw_topic: bytes
+    payload: bytes = attrs.field(repr=False)
+    qos: int
+    retain: bool
+    properties: bytes
+    """The MQTT 5 property block, without Message Expiry."""
+    accepted_at: float
+    expiry: int | None = None
+    """Message Expiry in seconds, counted from ``accepted_at``."""
+    priority: int = 0
+    offline: OfflinePolicy = OfflinePolicy.WAIT
+    row: int = 0
+    """Its number in the outbox file; 0 if it is in none."""
+    attempts: int = 0
+    sent_at: float = math.inf
+    """When its last byte left for the network; not before that can an acknowledgement be overdue."""
+    wire_end: int = 0
+    order: int = 0
+    """Among the messages of QoS 1 and 2 of its session."""
+    queued: bool = False
+    """Whether it is in the outbox and not on a connection."""
+    result: PublishResult | None = None
+    error: Exception | None = None
+    on_settled: Callable[[Outgoing], None] | None = None
+    _event: trio.Event | None = None
+
+    @property
+    def expires_at(self) -> float:
+        """On Trio's clock; infinite without Message Expiry."""
+        return math.inf if self.expiry is None else self.accepted_at + self.expiry
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None or self.error is not None
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether it has no outcome, or only that the driver ended first."""
+        return not self.done or isinstance(self.error, MessageLostError)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it counts for in the outbox."""
+        return len(self.raw_topic) + len(self.payload) + len(self.properties) + _OVERHEAD
+
+    def undelivered(self) -> Undelivered:
+        return Undelivered(
+            topic=self.topic,
+            payload=self.payload,
+            qos=self.qos,
+            retain=self.retain,
+            properties=attrs.evolve(decode_publish_block(self.properties), message_expiry=self.expiry),
+            attempts=self.attempts,
+        )
+
+    async def settled(self) -> None:
+        if not self.done:
+            if self._event is None:
+                self._event = trio.Event()
+            await self._event.wait()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def wait(self) -> PublishResult:
+        await self.settled()
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result
+
+    def settle(self, outcome: PublishResult | Exception) -> None:
+        """The first outcome counts."""
+        if self.done:
+            return
+        if isinstance(outcome, Exception):
+            self.error = outcome
+        else:
+            self.result = outcome
+        if self._event is not None:
+            self._event.set()
+        if self.on_settled is not None:
+            self.on_settled(self)
+
+
+@attrs.frozen(kw_only=True)
+class Undelivered:
+    """A message that was accepted and is not acknowledged.
+
+    With 0 ``attempts`` it has not left; else nobody knows whether it arrived.
+    """
+
+    topic: str
+    payload: bytes = attrs.field(repr=False)
+    qos: int
+    retain: bool
+    properties: PublishProperties
+    attempts: int
+    """On how many connections it was sent."""
+
+
+async def wait_settled(messages: Iterable[Outgoing]) -> None:
+    """Return when each of them has an outcome. Checkpoints only if it has to wait."""
+    for outgoing in messages:
+        if not outgoing.done:
+            await outgoing.settled()
+
+
+class Receipt:
+    """What became, or will become, of one ``publish_nowait()``."""
+
+    def __init__(self, outgoing: Outgoing) -> None:
+        self._outgoing = outgoing
+
+    def __repr__(self) -> str:
+        outgoing = self._outgoing
+        state = "waiting" if not outgoing.done else "failed" if outgoing.error is not None else "acknowledged"
+        return f"<Receipt {outgoing.topic!r} qos={outgoing.qos} {state}>"
+
+    @property
+    def done(self) -> bool:
+        """Whether the outcome is known, so that ``wait()`` does not block."""
+        return self._outgoing.done
+
+    async def wait(self) -> PublishResult:
+        """Wait for the QoS guarantee to be met, and return how; any number of tasks may wait.
+
+        Cancelling the wait does not cancel the delivery. Raises ``PublishRefusedError``, ``ServerLimitError``, or
+        ``MessageLostError`` if the driver was left first.
+        """
+        return await self._outgoing.wait()
