@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import attrs
 import trio
@@ -17,8 +18,21 @@ ACKS = (Kind.PUBACK, Kind.PUBREC, Kind.PUBREL, Kind.PUBCOMP)
 class CutStream(trio.abc.Stream):
     """A stream that breaks after so many bytes in each direction; what is too much is lost."""
 
-    def __init__(self, stream: trio.abc.Stream, to_send: float, to_receive: float) -> None:
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        to_send: float = math.inf,
+        to_receive: float = math.inf,
+        *,
+        on_cut: Callable[[], object] = lambda: None,
+    ) -> None:
         self._stream = stream
+        self._to_send = to_send
+        self._to_receive = to_receive
+        self._on_cut = on_cut
+
+    def limit(self, to_send: float, to_receive: float) -> None:
+        """From now on."""
         self._to_send = to_send
         self._to_receive = to_receive
 
@@ -36,10 +50,14 @@ class CutStream(trio.abc.Stream):
         if self._to_receive < 1:
             await self._break()
         data = await self._stream.receive_some(int(min(max_bytes or 65536, self._to_receive)))
+        if data and self._to_receive < 1:  # the limit may be younger than the call
+            await self._break()
+        data = data[: int(min(len(data), self._to_receive))]
         self._to_receive -= len(data)
         return data
 
     async def _break(self) -> None:
+        self._on_cut()
         await self._stream.aclose()
         raise trio.BrokenResourceError("cut")
 

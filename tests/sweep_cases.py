@@ -52,6 +52,16 @@ async def publish_or_fail(scene: Scene) -> None:
     await scene.driver.publish("out/fail", b"x", qos=1, offline="fail")
 
 
+@covers("MQTTDriver.publish")
+async def publish_or_queue(scene: Scene) -> None:
+    await scene.driver.publish("out/queue", b"x", qos=1, offline="queue", message_expiry=100)
+
+
+@covers("MQTTDriver.publish")
+async def publish_the_latest(scene: Scene) -> None:
+    await scene.driver.publish("out/latest", b"x", qos=2, offline="latest")
+
+
 @covers("MQTTDriver.publish", raises=(PublishTimeoutError,), publish_timeout=0.5)
 async def publish_in_time(scene: Scene) -> None:
     await scene.driver.publish("out/timeout", b"x", qos=2)

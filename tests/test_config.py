@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import pytest
 
-from trio_mqtt_driver import DriverConfig, Endpoint, ReasonCode, TLSConfig, Will
+from trio_mqtt_driver import DriverConfig, Endpoint, OfflinePolicy, ReasonCode, TLSConfig, Will
 from trio_mqtt_driver._properties import encode_publish_properties
 from trio_mqtt_driver._types import PublishProperties
 
@@ -36,18 +36,23 @@ SECONDS_FIELDS = (
     "publish_timeout",
     "disconnect_timeout",
     "drain_timeout",
+    "ack_patience",
 )
 NUMBERS = {
     "keep_alive": (0, 65535),
     "session_expiry": (1, 4_294_967_295),
     "receive_maximum": (1, 65535),
+    "receive_bytes": (1024, 2**40),
     "maximum_packet_size": (1024, 268_435_455),
     "topic_alias_maximum": (0, 65535),
+    "topic_aliases": (0, 65535),
     "in_flight": (1, 32767),
     "outbox_messages": (1, 10_000_000),
     "outbox_bytes": (1024, 2**40),
+    "quarantine_after": (0, 1000),
     "write_buffer": (1024, 2**32),
     "queue_messages": (1, 10_000_000),
+    "queue_bytes": (1024, 2**40),
     "replay_batch": (1, 10_000),
     "history_events": (1, 1_000_000),
 }
@@ -55,6 +60,7 @@ CHOICES = {
     "protocol": ("auto", "5", "3.1.1"),
     "probe": ("publish", "echo", "ping"),
     "on_handler_error": ("log", "raise"),
+    "outbox_full": ("wait", "fail", "drop_oldest"),
 }
 BOOLEANS = (
     "request_response_information",
@@ -139,6 +145,34 @@ def test_values_that_mqtt_cannot_carry_or_that_contradict_each_other_are_refused
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["never", None, 5, True])
+def test_an_offline_policy_that_does_not_exist_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="allowed are 'wait', 'queue', 'latest', 'fail'") as caught:
+        DriverConfig(endpoint=ENDPOINT, offline=value)
+    assert str(caught.value).startswith(f"offline is {value!r}, ")
+
+
+def test_an_offline_policy_may_be_given_by_its_name() -> None:
+    assert DriverConfig(endpoint=ENDPOINT, offline="latest").offline is OfflinePolicy.LATEST
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, "5", None, True])
+def test_a_rate_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="refill_rate") as caught:
+        DriverConfig(endpoint=ENDPOINT, refill_rate=value)
+    assert str(caught.value) == f"refill_rate is {value!r}, allowed are numbers > 0 (math.inf: no limit)"
+
+
+def test_the_path_of_the_outbox_is_kept_as_text_and_checked(tmp_path: Path) -> None:
+    assert DriverConfig(endpoint=ENDPOINT, outbox_path=tmp_path / "outbox").outbox_path == str(tmp_path / "outbox")
+    for text in ("", "a\0b"):
+        with pytest.raises(ValueError, match=r"outbox_path is .* allowed are paths of files"):
+            DriverConfig(endpoint=ENDPOINT, outbox_path=text)
+    for other in (5, b"x"):
+        with pytest.raises(TypeError, match="outbox_path must be a str or a path"):
+            DriverConfig(endpoint=ENDPOINT, outbox_path=other)  # type: ignore[arg-type]  # that is the point
+
+
 def test_a_probe_topic_that_is_not_used_is_not_checked() -> None:
     assert DriverConfig(endpoint=ENDPOINT, probe="ping", probe_topic="a/#").probe == "ping"
 
@@ -162,7 +196,7 @@ def test_every_field_is_validated_somewhere() -> None:
     """A field that is new is entered above, so that its bad values are tested."""
     known = {*SECONDS_FIELDS, *NUMBERS, *CHOICES, *BOOLEANS, *CALLABLES, *TEXTS}
     known |= {"endpoint", "backoff", "tls", "will", "password", "retry_refusals", "connect_user_properties"}
-    known |= {"fallbacks", "failover", "availability"}
+    known |= {"fallbacks", "failover", "availability", "offline", "outbox_path", "refill_rate"}
     assert {field.name for field in attrs.fields(DriverConfig)} == known
 
 
@@ -249,6 +283,7 @@ def test_an_endpoint_is_written_as_a_url() -> None:
         ({"payload": 5}, "will.payload must be bytes or str, not int"),
         ({"payload": None}, "will.payload must be bytes or str, not NoneType"),
         ({"payload": bytes(65_536)}, "will.payload has 65536 bytes, allowed are 0 to 65535"),
+        ({"payload": b"\xff", "payload_format": 1}, "payload_format is 1 (UTF-8), but payload is not UTF-8: b'\\xff'"),
         ({"qos": 3}, "qos is 3, allowed are 0, 1, 2"),
         ({"retain": 1}, "retain must be bool, not int"),
         ({"delay": -1}, "delay is -1, allowed are whole numbers from 0 to 4294967295"),

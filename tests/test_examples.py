@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -166,6 +167,34 @@ async def test_a_service_that_the_broker_refuses_says_so_and_ends() -> None:
             await service.printed("refused the connection: ")
             with trio.fail_after(PATIENCE):
                 assert await service.process.wait() == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_logger_keeps_its_readings_when_it_is_killed_while_the_broker_is_away(tmp_path: Path) -> None:
+    async with trio.open_nursery() as nursery:
+        broker = MemoryBroker(nursery)
+        url = f"mqtt://127.0.0.1:{await broker.listen()}"
+        environment = {"MQTT_URL": url, "OUTBOX": str(tmp_path / "readings"), "INTERVAL": "0.01"}
+        async with running("store_and_forward.py", **environment) as logger:
+            for _ in range(3):
+                await logger.printed("delivered ")
+            broker.stop()
+            for _ in range(3):
+                await logger.printed("kept ")
+        kept = len(broker.published)
+        async with running("store_and_forward.py", **environment) as logger:
+            for _ in range(3):
+                await logger.printed("kept ")
+        broker.start()
+        async with running("store_and_forward.py", **environment) as logger:
+            await logger.printed("started, ", " readings in ")
+            await logger.printed("delivered ")
+            assert await logger.ended_by(signal.SIGINT) == 0
+            await logger.printed("ended; ")
+        readings = [message.payload for message in list(broker.published)[kept:] if message.topic == "plant/logger"]
+        assert len(readings) >= 3 + 3 + 1
+        times = [json.loads(payload)["at"] for payload in readings]
+        assert times == sorted(times)
         nursery.cancel_scope.cancel()
 
 

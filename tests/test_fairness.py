@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import pytest
 import trio
 import trio.testing
 
 from tests.peers import memory_config
-from trio_mqtt_driver import Message, MQTTDriver, Overflow
+from trio_mqtt_driver import Message, MQTTDriver, OutboxFullError, Overflow
 from trio_mqtt_driver.testing import MemoryBroker
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -89,3 +92,80 @@ async def test_a_publisher_that_never_waits_does_not_starve_the_reader(
         for _ in range(100):
             await driver.publish("out", b"y")
         assert received
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+@pytest.mark.parametrize("outbox_messages", [10, 10_000])
+async def test_a_hundred_publishers_share_the_window(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, outbox_messages: int, qos: int
+) -> None:
+    """Whether they wait for room in the outbox, or in it for room in the window: each has its turn."""
+    broker = MemoryBroker(nursery)
+    counts = [0] * 100
+    enough = trio.Event()
+
+    async def publish(driver: MQTTDriver, number: int) -> None:
+        while True:
+            await driver.publish(f"out/{number}", b"x", qos=qos)
+            counts[number] += 1
+            if sum(counts) == 2000:
+                enough.set()
+
+    config = memory_config(broker, in_flight=7, outbox_messages=outbox_messages)
+    async with MQTTDriver(config) as driver, trio.open_nursery() as publishers:
+        for number in range(100):
+            publishers.start_soon(publish, driver, number)
+        await enough.wait()
+        publishers.cancel_scope.cancel()
+    assert max(counts) - min(counts) <= 2
+
+
+async def test_a_publisher_of_qos_0_that_never_waits_holds_up_nobody(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """Messages come in, go out and are acknowledged while it sends as fast as it can."""
+    broker = MemoryBroker(nursery)
+    received: list[bytes] = []
+    acknowledged = 0
+    sent = 0
+
+    async def publish_properly(driver: MQTTDriver) -> None:
+        nonlocal acknowledged
+        while True:
+            await driver.publish("proper", b"x", qos=1)
+            acknowledged += 1
+
+    async with MQTTDriver(memory_config(broker)) as driver, trio.open_nursery() as publishers:
+        await driver.subscribe("in", lambda message: received.append(message.payload), qos=1)
+        publishers.start_soon(publish_properly, driver)
+        for number in range(200):
+            broker.publish("in", b"%d" % number, qos=1)
+        while len(received) < 200 or acknowledged < 200:
+            await driver.publish("greedy", b"y")
+            sent += 1
+            assert sent < 5000
+        publishers.cancel_scope.cancel()
+
+
+async def test_publish_nowait_in_a_loop_comes_to_the_bounds_and_what_it_handed_over_arrives(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """It cannot yield, so it must be refused before it has filled the memory; whoever then lets others run goes on."""
+    broker = MemoryBroker(nursery, history=50_000)
+    received: list[Message[bytes]] = []
+    bounds = 100 + 1024 // 100  # messages in the outbox, and bytes in the write buffer
+    sent = 0
+    async with MQTTDriver(memory_config(broker, outbox_messages=100, write_buffer=1024)) as driver:
+        await driver.subscribe("in", received.append)
+        broker.publish("in", b"x")
+        while sent < 2000:
+            before = sent
+            with suppress(OutboxFullError):
+                while sent <= before + bounds:
+                    driver.publish_nowait("out", bytes(100), qos=sent % 2)
+                    sent += 1
+            assert sent <= before + bounds
+            await trio.lowlevel.checkpoint()
+        assert received
+        await driver.drain()
+        assert sum(one.topic == "out" for one in broker.published) == sent

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from trio_mqtt_driver import ProtocolError
-from trio_mqtt_driver._inflight import IncomingWindow, OutgoingWindow, PacketIds
+from trio_mqtt_driver._inflight import OutgoingWindow, PacketIds
 from trio_mqtt_driver._outgoing import Outgoing
 from trio_mqtt_driver._packets import PUBACK, PUBCOMP, PUBREC, PUBREL, encode_ack
 from trio_mqtt_driver._session import Session
-from trio_mqtt_driver._types import Message
 
 
 def outgoing(qos: int = 1, topic: str = "a") -> Outgoing:
@@ -257,74 +256,3 @@ def test_the_identifiers_of_a_session_that_ended_are_free() -> None:
         session.ids.allocate()
     session.begin(present=False)
     assert packet_id in [session.ids.allocate() for _ in range(65535)]
-
-
-# -- incoming -------------------------------------------------------------------------------------------------------
-
-
-def incoming(qos: int, packet_id: int = 1) -> Message[object]:
-    return Message("a", b"", qos, packet_id=packet_id)
-
-
-def test_qos_1_is_acknowledged_by_puback() -> None:
-    receiving = IncomingWindow(10)
-    message = incoming(1)
-    assert receiving.publish(message) == (True, b"")
-    assert len(receiving) == 1
-    assert receiving.acknowledge(message) == encode_ack(PUBACK, 1)
-    assert len(receiving) == 0
-
-
-@pytest.mark.parametrize("version", [4, 5])
-def test_qos_2_is_delivered_once_however_often_it_comes(version: int) -> None:
-    receiving = IncomingWindow(10)
-    message = incoming(2)
-    assert receiving.publish(message) == (True, b"")
-    assert receiving.publish(incoming(2)) == (False, b"")  # PUBREC comes when the handler is done
-    assert receiving.acknowledge(message) == encode_ack(PUBREC, 1)
-    assert receiving.publish(incoming(2)) == (False, encode_ack(PUBREC, 1))
-    assert len(receiving) == 1
-    assert receiving.release(1, version) == encode_ack(PUBCOMP, 1)
-    assert len(receiving) == 0
-    assert receiving.publish(incoming(2)) == (True, b"")  # the identifier is free for another message
-
-
-def test_a_pubrel_before_the_pubrec_is_a_protocol_error() -> None:
-    receiving = IncomingWindow(10)
-    receiving.publish(incoming(2))
-    with pytest.raises(ProtocolError, match="PUBREL for packet identifier 1 before its PUBREC"):
-        receiving.release(1, 5)
-
-
-def test_a_pubrel_of_nothing_is_completed() -> None:
-    receiving = IncomingWindow(10)
-    assert receiving.release(7, 4) == encode_ack(PUBCOMP, 7)
-    assert receiving.release(7, 5) == encode_ack(PUBCOMP, 7, 0x92)
-
-
-def test_another_connection_of_the_session_knows_what_the_one_before_has_delivered() -> None:
-    session = Session()
-    first, second = (IncomingWindow(10, session.received) for _ in range(2))
-    message = incoming(2)
-    assert first.publish(message) == (True, b"")
-    assert first.keeps(1)
-    assert second.publish(Message("a", b"", 2, dup=True, packet_id=1)) == (False, b"")
-    assert (len(second), second.unprocessed) == (1, 1)
-    session.processed(1)
-    assert second.acknowledge_2(1) == encode_ack(PUBREC, 1)
-    assert (len(second), second.unprocessed) == (1, 0)
-    third = IncomingWindow(10, session.received)
-    assert third.publish(Message("a", b"", 2, dup=True, packet_id=1)) == (False, encode_ack(PUBREC, 1))
-    assert third.release(1, 5) == encode_ack(PUBCOMP, 1)
-    assert not first.keeps(1)
-
-
-def test_an_identifier_that_comes_anew_on_another_connection_is_another_message() -> None:
-    session = Session()
-    first, second = (IncomingWindow(10, session.received) for _ in range(2))
-    first.publish(incoming(2))
-    session.processed(1)
-    assert second.publish(incoming(2)) == (True, b"")
-    assert not first.keeps(1)
-    assert second.keeps(1)
-    assert second.publish(incoming(2)) == (False, b"")  # the same connection: a repetition

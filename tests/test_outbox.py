@@ -7,6 +7,7 @@ import trio
 import trio.testing
 
 from trio_mqtt_driver import MessageLostError, OutboxFullError, Receipt
+from trio_mqtt_driver._history import Counters
 from trio_mqtt_driver._outbox import Outbox
 from trio_mqtt_driver._outgoing import Outgoing, wait_settled
 from trio_mqtt_driver._types import PublishResult, ReasonCode
@@ -19,7 +20,7 @@ def outgoing(topic: str = "a", *, qos: int = 1, size: int = 0) -> Outgoing:
 
 
 def outbox(messages: int = 3, size: int = 100_000) -> Outbox:
-    return Outbox(max_messages=messages, max_bytes=size)
+    return Outbox(max_messages=messages, max_bytes=size, counters=Counters())
 
 
 def topics_left(box: Outbox) -> list[str]:
@@ -104,7 +105,7 @@ async def test_who_waits_for_room_is_served_in_order(autojump_clock: trio.testin
 
     async def enter(topic: str) -> None:
         message = outgoing(topic)
-        await box.wait_room(message.size)
+        await box.wait_room(message)
         box.accept(message)
         entered.append(topic)
         await trio.sleep(1)
@@ -128,8 +129,9 @@ async def test_a_late_comer_does_not_overtake_who_waits_for_room() -> None:
     order: list[str] = []
 
     async def enter(name: str) -> None:
-        await box.wait_room(outgoing().size)
-        box.accept(outgoing(name))
+        message = outgoing(name)
+        await box.wait_room(message)
+        box.accept(message)
         order.append(name)
 
     async with trio.open_nursery() as nursery:
@@ -151,10 +153,10 @@ async def test_who_gives_up_waiting_for_room_lets_the_next_one_in() -> None:
 
     async def impatient() -> None:
         with scope:
-            await box.wait_room(1)
+            await box.wait_room(outgoing())
 
     async def patient() -> None:
-        await box.wait_room(1)
+        await box.wait_room(outgoing())
         entered.set()
 
     async with trio.open_nursery() as nursery:

@@ -19,10 +19,13 @@ from ._errors import (
     DriverClosedError as DriverClosedError,
     DriverInternalError as DriverInternalError,
     KeepAliveError as KeepAliveError,
+    MessageDroppedError as MessageDroppedError,
+    MessageExpiredError as MessageExpiredError,
     MessageLostError as MessageLostError,
     MQTTDriverError as MQTTDriverError,
     NotConnectedError as NotConnectedError,
     OptionsError as OptionsError,
+    OutboxFileError as OutboxFileError,
     OutboxFullError as OutboxFullError,
     PayloadError as PayloadError,
     ProbeError as ProbeError,
@@ -31,11 +34,13 @@ from ._errors import (
     PublishError as PublishError,
     PublishRefusedError as PublishRefusedError,
     PublishTimeoutError as PublishTimeoutError,
+    QuarantinedError as QuarantinedError,
     RefusedError as RefusedError,
     ServerDisconnectedError as ServerDisconnectedError,
     ServerLimitError as ServerLimitError,
     StaleDataError as StaleDataError,
     SubscribeError as SubscribeError,
+    SupersededError as SupersededError,
     SuspendedError as SuspendedError,
     TLSError as TLSError,
     TransportError as TransportError,
@@ -43,6 +48,7 @@ from ._errors import (
 )
 from ._events import EventStream as EventStream
 from ._history import Event as Event
+from ._outbox_file import Quarantined as Quarantined, quarantined_messages as quarantined_messages
 from ._outgoing import Receipt as Receipt, Undelivered as Undelivered
 from ._registry import SubscriptionOptions as SubscriptionOptions
 from ._state_view import StateView as StateView
@@ -50,6 +56,7 @@ from ._status import Status as Status
 from ._subscription import Subscription as Subscription, SubscriptionStatistics as SubscriptionStatistics
 from ._tls import TLSConfig as TLSConfig
 from ._types import (
+    Acknowledge as Acknowledge,
     Diagnosis as Diagnosis,
     Message as Message,
     OfflinePolicy as OfflinePolicy,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import trio
 
@@ -12,12 +12,12 @@ from ._config import DriverConfig
 from ._dispatch import Dispatcher
 from ._history import Counters
 from ._outgoing import Outgoing
-from ._properties import encode_publish_properties
+from ._properties import check_message_expiry, check_utf8, encode_publish_properties
 from ._registry import SubscriptionOptions
 from ._subscription import DeadLetterHandler, Handler, Subscription
 from ._topics import check_filter, check_topic, split_share
 from ._types import (
-    NO_PROPERTIES,
+    Acknowledge,
     OfflinePolicy,
     Overflow,
     PayloadFormat,
@@ -26,6 +26,8 @@ from ._types import (
     State,
     UserProperties,
 )
+
+W = TypeVar("W", Acknowledge, Overflow)
 
 MAXIMUM_MESSAGE = 268_435_455
 """The greatest Remaining Length [MQTT-1.5.5]."""
@@ -48,8 +50,9 @@ class PublishArguments(TypedDict, total=False):
 class SubscribeArguments(TypedDict, total=False):
     """The options that ``subscribe()`` and ``subscription()`` take as keywords.
 
-    ``queue_messages`` bounds the queue between network and handler (default: ``DriverConfig.queue_messages``), and
-    ``overflow`` says what happens when it is full. ``on_dead_letter(message, error)`` gets payloads that do not fit
+    ``queue_messages`` and ``queue_bytes`` bound the queue between network and handler (default: those of
+    ``DriverConfig``), and ``overflow`` says what happens when it is full. ``acknowledge`` says when a message of QoS 1
+    or 2 is acknowledged. ``on_dead_letter(message, error)`` gets payloads that do not fit
     the message class; without it they are logged. The others are those of `SubscriptionOptions`.
     """
 
@@ -59,8 +62,10 @@ class SubscribeArguments(TypedDict, total=False):
     retain_handling: RetainHandling
     identifier: int | None
     user_properties: UserProperties
+    acknowledge: Acknowledge
     overflow: Overflow
     queue_messages: int | None
+    queue_bytes: int | None
     on_dead_letter: DeadLetterHandler | None
 
 
@@ -75,22 +80,40 @@ def make_config(config: DriverConfig | str, options: dict[str, Any]) -> DriverCo
     return config
 
 
-def make_outgoing(topic: str, payload: object, qos: int, retain: bool, properties: PublishArguments) -> Outgoing:
+def make_outgoing(
+    topic: str,
+    payload: object,
+    qos: int,
+    retain: bool,
+    priority: int,
+    offline: OfflinePolicy,
+    properties: PublishArguments,
+) -> Outgoing:
     """The message that a call of ``publish()`` asks for. Raises ``ValueError`` or ``TypeError``."""
     if isinstance(qos, bool) or qos not in (0, 1, 2):
         raise ValueError(f"qos is {qos!r}, allowed are 0, 1, 2")
     if not isinstance(retain, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"retain must be bool, not {type(retain).__name__}")
+    if priority and (not isinstance(priority, int) or not -10 <= priority <= 10):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"priority is {priority!r}, allowed are whole numbers from -10 to 10")
     check_names("publish", properties, PublishArguments)
     raw_topic = check_topic(topic)
     raw_payload = encode_payload(payload)
+    expiry = None
+    block = b"\0"
     if properties:
-        block = encode_publish_properties(PublishProperties(**_frozen(properties)))
-    else:
-        block = encode_publish_properties(NO_PROPERTIES)
-    if len(raw_topic) + len(raw_payload) + len(block) + 4 > MAXIMUM_MESSAGE:
+        values = _frozen(properties)
+        expiry = values.pop("message_expiry", None)
+        if expiry is not None:
+            check_message_expiry(expiry)
+        block = encode_publish_properties(PublishProperties(**values))
+        if values.get("payload_format") == PayloadFormat.UTF8:
+            check_utf8(raw_payload)
+    if len(raw_topic) + len(raw_payload) + len(block) + 12 > MAXIMUM_MESSAGE:
         raise ValueError(f"payload has {len(raw_payload)} bytes, allowed are about {MAXIMUM_MESSAGE} [MQTT-1.5.5]")
-    return Outgoing(topic, raw_topic, raw_payload, int(qos), retain, block, trio.current_time())
+    return Outgoing(
+        topic, raw_topic, raw_payload, int(qos), retain, block, trio.current_time(), expiry, int(priority), offline
+    )
 
 
 def make_subscription(
@@ -106,10 +129,12 @@ def make_subscription(
     check_filter(topic_filter)
     check_names("subscribe", given, SubscribeArguments)
     arguments: dict[str, Any] = dict(given)
-    overflow = Overflow(arguments.pop("overflow", Overflow.DROP_OLDEST))
-    queue_messages = arguments.pop("queue_messages", None)
-    # The config's own rule is the rule here.
-    bound = config if queue_messages is None else config.evolve(queue_messages=queue_messages)
+    overflow = _word(Overflow, "overflow", arguments.pop("overflow", Overflow.DROP_OLDEST))
+    acknowledge = _word(Acknowledge, "acknowledge", arguments.pop("acknowledge", Acknowledge.PROCESSED))
+    # The config's own rules are the rules here.
+    own = {name: arguments.pop(name, None) for name in ("queue_messages", "queue_bytes")}
+    own = {name: value for name, value in own.items() if value is not None}
+    bounds = config.evolve(**own) if own else config
     on_dead_letter = arguments.pop("on_dead_letter", None)
     if on_dead_letter is not None and not callable(on_dead_letter):
         raise TypeError(f"on_dead_letter must be callable, not {type(on_dead_letter).__name__}")
@@ -119,8 +144,10 @@ def make_subscription(
         typed=message_class is not bytes and message_class is not None,
         handler=handler,
         on_dead_letter=on_dead_letter,
+        acknowledge=acknowledge,
         overflow=overflow,
-        queue_messages=bound.queue_messages,
+        queue_messages=bounds.queue_messages,
+        queue_bytes=bounds.queue_bytes,
         counters=counters,
         changed=dispatcher.changed,
         failed=dispatcher.failed,
@@ -131,19 +158,20 @@ def make_subscription(
     return subscription, options
 
 
+def _word(words: type[W], name: str, value: W | str) -> W:
+    """The member of ``words``, by its text too."""
+    try:
+        return words(value)
+    except ValueError:
+        allowed = ", ".join(repr(str(word)) for word in words)
+        raise ValueError(f"{name} is {value!r}, allowed are {allowed}") from None
+
+
 def check_names(call: str, given: Mapping[str, Any], known: type) -> None:
     """``TypeError`` for a keyword that is none of ``known``, as for any other call."""
     for name in given:
         if name not in known.__annotations__:
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
-
-
-def offline_policy(value: OfflinePolicy | str) -> OfflinePolicy:
-    """The policy, by its name too."""
-    try:
-        return OfflinePolicy(value)
-    except ValueError:
-        raise ValueError(f"offline is {value!r}, allowed are 'wait', 'fail'") from None
 
 
 def check_states(states: tuple[State, ...]) -> frozenset[State]:

@@ -19,19 +19,23 @@ import trio
 from ._backoff import BackoffConfig
 from ._client_id import default_base
 from ._endpoints import FailoverConfig
-from ._properties import encode_binary
+from ._properties import check_utf8, encode_binary
 from ._tls import TLSConfig
 from ._topics import check_topic
-from ._types import PayloadFormat, ReasonCode
+from ._types import OfflinePolicy, PayloadFormat, ReasonCode
 from ._url import from_env, parse_url
 from ._validators import (
     between,
     freeze,
     instance,
     is_callable,
+    offline_policy,
     one_of,
     optional_callable,
+    optional_path,
     pairs,
+    path,
+    positive,
     seconds,
     text,
 )
@@ -157,6 +161,10 @@ class Will:
     response_topic: str | None = attrs.field(default=None, validator=attrs.validators.optional(_will_topic))
     correlation_data: bytes | None = attrs.field(default=None, validator=_correlation_data)
     user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
+
+    def __attrs_post_init__(self) -> None:
+        if self.payload_format == PayloadFormat.UTF8:
+            check_utf8(self.payload)
 
 
 def _availability_topic(instance: object, attribute: attrs.Attribute[Any], value: str) -> None:
@@ -297,21 +305,45 @@ class DriverConfig:
 
     receive_maximum: int = attrs.field(default=1000, validator=between(1, 65535))
     """How many unacknowledged QoS 1 and 2 messages this client takes at a time."""
+    receive_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 2**40))
+    """Bytes of payload of unacknowledged QoS 1 and 2 messages above which reading pauses."""
+    ack_patience: float = attrs.field(default=1.0, validator=seconds)
+    """Acknowledgements go out in the order of arrival [MQTT-4.6.0-2]. One that is due waits so long for those before
+    it, whose handlers have not finished; then these lose their place. ``math.inf`` keeps to the order for ever."""
     maximum_packet_size: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 268_435_455))
     topic_alias_maximum: int = attrs.field(default=32, validator=between(0, 65535))
     """How many topic aliases the broker may use."""
+    topic_aliases: int = attrs.field(default=0, validator=between(0, 65535))
+    """How many topic aliases this client uses, at most the broker's Topic Alias Maximum; MQTT 5 only."""
     request_response_information: bool = attrs.field(default=False, validator=instance(bool))
     request_problem_information: bool = attrs.field(default=True, validator=instance(bool))
     connect_user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
     in_flight: int = attrs.field(default=100, validator=between(1, 32767))
     """How many QoS 1 and 2 publishes may be unacknowledged; the broker's Receive Maximum (20 for 3.1.1) caps it."""
 
+    offline: OfflinePolicy = attrs.field(default=OfflinePolicy.WAIT, converter=offline_policy)
+    """What becomes of a publish while the link is down, unless the call says otherwise."""
     outbox_messages: int = attrs.field(default=10_000, validator=between(1, 10_000_000))
     outbox_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 2**40))
+    outbox_full: Literal["wait", "fail", "drop_oldest"] = attrs.field(
+        default="wait", validator=one_of("wait", "fail", "drop_oldest")
+    )
+    """What ``publish()`` does when the outbox is full: wait for room, raise ``OutboxFullError``, or drop what waits
+    longest, of a priority that is not higher. ``publish_nowait()`` cannot wait, and raises."""
+    outbox_path: str | None = attrs.field(default=None, converter=path, validator=optional_path)
+    """A file that keeps what is accepted over a crash; see ``docs/howto/outbox.md``. It belongs to one driver."""
+    refill_rate: float = attrs.field(default=math.inf, validator=positive)
+    """How many messages per second go out of what has waited for the link; ``math.inf`` leaves it to the window."""
+    quarantine_after: int = attrs.field(default=5, validator=between(0, 1000))
+    """A message that was next to be acknowledged on so many connections in a row when the broker ended them is given
+    up with ``QuarantinedError``: else one that a broker cannot stand would keep the driver from ever delivering
+    another. 0 switches that off."""
     write_buffer: int = attrs.field(default=1024 * 1024, validator=between(1024, 2**32))
     """Bytes waiting for the socket above which ``publish()`` waits."""
     queue_messages: int = attrs.field(default=10_000, validator=between(1, 10_000_000))
     """Bound of each subscription's queue, unless the subscription names its own."""
+    queue_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 2**40))
+    """The same in bytes of payload. One message is let in whatever its size."""
     replay_batch: int = attrs.field(default=100, validator=between(1, 10_000))
     """Topic filters per SUBSCRIBE packet."""
     subscription_identifiers: bool = attrs.field(default=True, validator=instance(bool))

@@ -36,7 +36,7 @@ from ._errors import (
 )
 from ._history import Counters
 from ._inbox import Inbox
-from ._inflight import IncomingWindow
+from ._incoming import IncomingWindow
 from ._outbox import Outbox
 from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Packet, PacketReader, packet_name
 from ._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect, SubAck, SubscribeRequest
@@ -98,12 +98,17 @@ class Connection:
         """Whether the broker took up the session of an older connection."""
         self.in_doubt = False
         """Whether that may be another one, which an unanswered CONNECT began: then it has no subscriptions."""
-        self._incoming = IncomingWindow(config.receive_maximum, session.received)
+        self._incoming = IncomingWindow(
+            config.receive_maximum,
+            session.received,
+            maximum_bytes=config.receive_bytes,
+            patience=config.ack_patience,
+        )
         self._control: ControlPackets
         self._scope = trio.CancelScope()
         self.ended = False
         """Whether nothing can be sent or acknowledged on it any more."""
-        self._warned = False
+        self._warned: set[str] = set()
         self._writer = Writer(stream, counters)
         self.sender = Sender(config, session, self._writer, outbox, counters, version=version, generation=generation)
         self.deadlines = Deadlines(config, trio.current_time(), config.wall_clock())
@@ -158,7 +163,9 @@ class Connection:
             request.reply.fail(error)
             self.session.ids.release(packet_id)
         self.session.on_processed = None
+        self._incoming.end()
         self.session.outgoing.drop_own()
+        self.sender.ended(self.cause)
         if self.version == 5 and not self.session.unanswered:
             granted = self.limits.session_expiry
             self.session.expires_at = trio.current_time() + (
@@ -192,7 +199,7 @@ class Connection:
         self.resumed = session_present
         self.in_doubt = self.session.unanswered > 1
         self._outbox.put_back(self.session.begin(present=session_present))
-        self.session.on_processed = self._acknowledge_late
+        self.session.on_processed = self._acknowledge
         self.sender.begin(limits)
         seconds = self.config.keep_alive if limits.server_keep_alive is None else limits.server_keep_alive
         self.deadlines.keep_alive = seconds or math.inf
@@ -208,15 +215,15 @@ class Connection:
     ) -> Reply[tuple[ReasonCode, ...]]:
         if not self.limits.identifiers_available:
             identifier = None
-        if self.version != 5 and not self._warned and any(request.needs_5 for request in requests):
-            self._warned = True
-            logger.warning(
-                "%s: the broker speaks 3.1.1: no_local, retain_as_published and retain_handling need MQTT 5 and are "
-                "left out",
-                self.config.client_id,
-            )
+        if self.version != 5 and any(request.needs_5 for request in requests):
+            self._warn_once("no_local, retain_as_published and retain_handling need MQTT 5 and are left out")
         packet_id, packet = self._control.subscribe_packet(requests, identifier, user_properties)
         return self._request(packet_id, packet, Request(len(requests), unsubscribe=False, reply=Reply()))
+
+    def _warn_once(self, words: str) -> None:
+        if words not in self._warned:
+            self._warned.add(words)
+            logger.warning("%s: the broker speaks 3.1.1: %s", self.config.client_id, words)
 
     def unsubscribe(self, filters: list[str]) -> Reply[tuple[ReasonCode, ...]]:
         packet_id, packet = self._control.unsubscribe_packet(filters)
@@ -256,6 +263,8 @@ class Connection:
         that.
         Closing at once could reset the connection with the DISCONNECT unread, and the will would be published.
         """
+        if self.config.ack_patience < math.inf:
+            self._answer(self._incoming.overtake_late(math.inf))  # it is now or never
         self._closing = self.sender.closing = True
         packet = self._control.disconnect_packet(end_session=end_session and self.config.stable_id)
         self._writer.write_last(packet)
@@ -274,27 +283,49 @@ class Connection:
         self._expect_by(trio.current_time())
         self.sender.go_live()
 
-    def acknowledge(self, message: Message[Any]) -> None:
+    def acknowledge(self, message: Message[Any]) -> bool:
         """A message of this connection was processed by everybody. A no-op, counted, when the connection is over: but
         that of QoS 2 belongs to the session, which may go on."""
+        if message._code and self.version != 5:  # pyright: ignore[reportPrivateUsage]  # as _source below
+            message._code = 0  # pyright: ignore[reportPrivateUsage]
+            self._warn_once("a refusal of a message needs MQTT 5, and is an acknowledgement like any other")
         if not self.ended:
-            self._answer(self._incoming.acknowledge(message))
-        elif self.keeps(message):
-            self.session.processed(message.packet_id)
+            self._acknowledge(message)
+            return True
+        if self.keeps(message):
+            self.session.processed(message)
+            return True
+        self._counters.stale_acknowledgements += 1
+        return False
+
+    def _acknowledge(self, message: Message[Any]) -> None:
+        packets = self._incoming.acknowledge(message)
+        if packets:
+            self._writer.answer(packets)
+            self._acknowledged.set()
         else:
-            self._counters.stale_acknowledgements += 1
+            self._wait_turn(message)
 
-    def _acknowledge_late(self, packet_id: int) -> None:
-        self._answer(self._incoming.acknowledge_2(packet_id))
+    def _wait_turn(self, message: Message[Any]) -> None:
+        self._incoming.wait(message, trio.current_time())
+        self._expect_by(self._incoming.look_at)
 
-    def _answer(self, packet: bytes) -> None:
-        if packet:
-            self._writer.answer(packet)
+    def _answer(self, packets: bytes) -> None:
+        if packets:
+            self._writer.answer(packets)
         self._acknowledged.set()
+
+    @property
+    def overtakes(self) -> bool:
+        return self._incoming.overtakes
+
+    def overtake(self, message: Message[Any]) -> None:
+        """A message that has just come queues behind one that holds up others: it is to hold up none."""
+        self._answer(self._incoming.overtake(message))
 
     def keeps(self, message: Message[Any]) -> bool:
         """Whether a message that it brought can still be acknowledged, some day."""
-        return not self.ended or (message.qos == 2 and self._incoming.keeps(message.packet_id))
+        return not self.ended or (message.qos == 2 and self._incoming.keeps(message))
 
     async def _write_loop(self) -> None:
         try:
@@ -334,6 +365,8 @@ class Connection:
             # Even after a fault: what arrived whole before it was accepted.
             if messages:
                 self._counters.messages_in += len(messages)
+                if self._inbox.retired:
+                    self._answer(self._incoming.forget(messages))
                 self._inbox.deliver(messages, copies=bool(self.session.copies))
             if self._writer.answers > _MOST_ANSWERS:
                 self.fail(
@@ -343,7 +376,7 @@ class Connection:
             if self._inbox.crowded:
                 await self._inbox.give_way()
             # Only for messages of this link: a queue that is full since the last one must not hide the handshake.
-            full = self._inbox.full or self._incoming.unprocessed > self._incoming.maximum
+            full = self._inbox.full or self._incoming.full
             if messages and full and not self._inbox.retired:
                 await self._pause()
 
@@ -357,7 +390,7 @@ class Connection:
         while self._inbox.full:
             await self._inbox.wait_room()
         # Not what waits for PUBREL: that comes from the broker, and could not be read.
-        while self._incoming.unprocessed > self._incoming.maximum:
+        while self._incoming.full:
             self._acknowledged = trio.Event()
             await self._acknowledged.wait()
         self.deadlines.resume(trio.current_time())
@@ -381,6 +414,8 @@ class Connection:
             if answer:
                 self._writer.answer(answer)
             if not new:
+                if not answer:
+                    self._wait_turn(message)
                 return
             if self.version == 5 and len(self._incoming) > self._incoming.maximum:
                 raise ProtocolError(
@@ -389,8 +424,7 @@ class Connection:
                 )
         if self.intercept is not None and message.topic == self.intercept[0]:
             self.intercept[1](message)
-            if message.qos:
-                self.acknowledge(message)
+            message._done()  # pyright: ignore[reportPrivateUsage]
             return
         messages.append(message)
 
@@ -456,5 +490,8 @@ class Connection:
                 error = self.deadlines.overdue(now)
                 if error is not None:
                     self.fail(error)
-                self._timer.deadline = min(self.deadlines.look_at(now), now + CLOCKS_EVERY)
+                if self._incoming.look_at <= now:
+                    self._answer(self._incoming.overtake_late(now))
+                look_at = min(self.deadlines.look_at(now), self._incoming.look_at)
+                self._timer.deadline = min(look_at, now + CLOCKS_EVERY)
                 await trio.sleep_forever()

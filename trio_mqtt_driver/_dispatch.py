@@ -73,7 +73,7 @@ class Dispatcher:
             targets = self._targets.get(message.topic)
             if targets is None:
                 targets = self._find_targets(message.topic)
-            identifiers = message.properties.subscription_identifiers
+            identifiers = message._properties.subscription_identifiers  # pyright: ignore[reportPrivateUsage]
             if identifiers:
                 targets = tuple(
                     target for target in targets if target[0].identifier is None or target[0].identifier in identifiers
@@ -86,9 +86,9 @@ class Dispatcher:
             elif len(targets) == 1:
                 self._put(message, *targets[0])
             else:
-                pending = [len(targets)]
+                message._open = len(targets)  # pyright: ignore[reportPrivateUsage]
                 for target in targets:
-                    self._put(message._for_one_of(pending), *target)  # pyright: ignore[reportPrivateUsage]
+                    self._put(message._for_one_of(), *target)  # pyright: ignore[reportPrivateUsage]
 
     def _deal(self, message: Message[Any], targets: tuple[Target, ...]) -> tuple[Target, ...]:
         """The targets that this copy is for. Retained messages are not dealt out: a filter that is subscribed later

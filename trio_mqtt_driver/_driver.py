@@ -17,14 +17,13 @@ from ._arguments import (
     make_config,
     make_outgoing,
     make_subscription,
-    offline_policy,
 )
 from ._availability import Presence
 from ._callbacks import Callbacks
 from ._config import Attempt, DriverConfig
 from ._dispatch import Dispatcher
 from ._edges import Edges
-from ._errors import DriverClosedError, MessageLostError, NotConnectedError, ServerLimitError
+from ._errors import DriverClosedError, NotConnectedError, ServerLimitError
 from ._events import EventStream
 from ._history import History
 from ._lifespan import Lifespan
@@ -37,6 +36,7 @@ from ._status import Status
 from ._subscription import Handler, Subscription
 from ._supervisor import Supervisor
 from ._types import OfflinePolicy, PublishResult, State
+from ._validators import offline_policy
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 T = TypeVar("T")
+
+Offline = OfflinePolicy | Literal["wait", "queue", "latest", "fail"] | None
 
 
 class MQTTDriver:
@@ -76,7 +78,12 @@ class MQTTDriver:
         self._start = start
         self._lifespan = Lifespan()
         self._history = History(config.history_events)
-        self._outbox = Outbox(max_messages=config.outbox_messages, max_bytes=config.outbox_bytes)
+        self._outbox = Outbox(
+            max_messages=config.outbox_messages,
+            max_bytes=config.outbox_bytes,
+            when_full=config.outbox_full,
+            counters=self._history.counters,
+        )
         self._registry: Registry[Subscription[Any]] = Registry(identifiers=config.subscription_identifiers)
         self._dispatcher = Dispatcher(
             self._registry,
@@ -125,7 +132,10 @@ class MQTTDriver:
     @asynccontextmanager
     async def _live(self) -> AsyncGenerator[None, None]:
         try:
-            async with self._lifespan.around(self._run, ready=self._ready, stop=self._stop):
+            async with (
+                self._publisher.stored(self.config, self._history.counters),
+                self._lifespan.around(self._run, ready=self._ready, stop=self._stop),
+            ):
                 yield
         finally:
             self._left = True
@@ -137,6 +147,7 @@ class MQTTDriver:
             await nursery.start(self._dispatcher.run)
             self._presence.prepare(self.config)
             self._dispatching.set()
+            nursery.start_soon(self._publisher.run)
             nursery.start_soon(self._keep_connected)
 
     async def _keep_connected(self) -> None:
@@ -156,9 +167,7 @@ class MQTTDriver:
         self._undelivered += tuple(outgoing.undelivered() for outgoing in self._supervisor.undelivered)
         self._history.end()
         self._registry.close()
-        self._outbox.close(
-            lambda outgoing: MessageLostError(f"the driver ended before {outgoing.topic!r} was acknowledged")
-        )
+        self._outbox.close(self._publisher.lost)
 
     async def _ready(self) -> None:
         # Not before: whoever enters in the background may subscribe at once.
@@ -174,7 +183,8 @@ class MQTTDriver:
                 await wait_settled(self._supervisor.undelivered)
         out, here = len(self.undelivered), self._dispatcher.unprocessed
         if out or here:
-            text = f"left behind: {out} published and not acknowledged, {here} received and not processed"
+            kept = f" (kept in {config.outbox_path})" if out and config.outbox_path else ""
+            text = f"left behind: {out} published and not acknowledged{kept}, {here} received and not processed"
             self._supervisor.note("left behind", text, logging.WARNING)
         with trio.move_on_after(config.disconnect_timeout):
             await self._supervisor.close()
@@ -194,23 +204,29 @@ class MQTTDriver:
         *,
         qos: int = 0,
         retain: bool = False,
-        offline: OfflinePolicy | Literal["wait", "fail"] = OfflinePolicy.WAIT,
+        priority: int = 0,
+        offline: Offline = None,
         **properties: Unpack[PublishArguments],
     ) -> PublishResult:
         """Publish, and wait until the guarantee of ``qos`` is met: for 0 until it is in the write buffer, for 1 until
-        PUBACK, for 2 until PUBCOMP [MQTT-4.3]. Outages are waited out, unless ``offline="fail"``.
+        PUBACK, for 2 until PUBCOMP [MQTT-4.3].
 
         ``payload`` may be bytes-like, str, None (empty), or a dict, list, attrs instance or dataclass, which becomes
-        JSON. Blocks while the link is down or the outbox is full.
+        JSON. ``offline`` (an `OfflinePolicy` or its name; default: that of the config) says what an outage means:
+        wait it out, leave the message in the outbox and return, or fail. Of what waits in the outbox the highest
+        ``priority`` (-10 to 10) goes first. ``message_expiry`` (seconds) counts from this call: what has not left by
+        then is given up, and the broker is told what is left of it (MQTT 5).
 
-        Cancelling before the message is accepted has no effect; afterwards it ends the wait and not the delivery.
+        Blocks while the outbox is full, too. Cancelling before the message is accepted has no effect; afterwards it
+        ends the wait and not the delivery.
 
-        Raises ``ValueError`` or ``TypeError`` for bad arguments, ``ServerLimitError``, ``PublishRefusedError``,
-        ``PublishTimeoutError``, ``NotConnectedError`` (``offline="fail"`` only) and ``DriverClosedError``.
+        Raises ``ValueError`` or ``TypeError`` for bad arguments, ``ServerLimitError``, `PublishError` (refused,
+        expired, overdue, dropped, …: see there), ``OutboxFileError``, ``NotConnectedError`` (``offline="fail"``
+        only) and ``DriverClosedError``.
         """
-        outgoing = make_outgoing(topic, payload, qos, retain, properties)
-        policy = offline_policy(offline)
-        return await self._publisher.publish(outgoing, policy)
+        policy = self.config.offline if offline is None else offline_policy(offline)
+        outgoing = make_outgoing(topic, payload, qos, retain, priority, policy, properties)
+        return await self._publisher.publish(outgoing)
 
     def publish_nowait(
         self,
@@ -219,13 +235,18 @@ class MQTTDriver:
         *,
         qos: int = 0,
         retain: bool = False,
+        priority: int = 0,
+        offline: Offline = None,
         **properties: Unpack[PublishArguments],
     ) -> Receipt:
         """Hand a message over without waiting, link or no link; the receipt tells what became of it.
 
-        Raises what ``publish()`` raises for bad arguments, ``OutboxFullError`` and ``DriverClosedError``.
+        ``offline="wait"`` and ``"queue"`` are the same here. Raises what ``publish()`` raises for bad arguments,
+        ``OutboxFullError``, ``ServerLimitError``, ``NotConnectedError`` (``offline="fail"``) and
+        ``DriverClosedError``.
         """
-        outgoing = make_outgoing(topic, payload, qos, retain, properties)
+        policy = self.config.offline if offline is None else offline_policy(offline)
+        outgoing = make_outgoing(topic, payload, qos, retain, priority, policy, properties)
         return self._publisher.publish_nowait(outgoing)
 
     async def drain(self) -> tuple[Undelivered, ...]:

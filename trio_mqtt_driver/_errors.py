@@ -161,8 +161,41 @@ class OutboxFullError(PublishError):
     """The bounds of the outbox (``outbox_messages``, ``outbox_bytes``) are reached; use ``publish()``, which waits."""
 
 
+class OutboxFileError(MQTTDriverError):
+    """The outbox file (``outbox_path``) cannot be opened or written; the message says what to do.
+
+    When the driver is entered: the file is damaged, in use, from a newer version, or not an outbox. It stays as it is.
+    Later: the disk is full or failing. What is accepted is sent all the same, but a crash would lose it.
+    """
+
+
+class MessageDroppedError(PublishError):
+    """The message was dropped for newer ones, since the outbox was full: ``outbox_full="drop_oldest"``."""
+
+
+class SupersededError(PublishError):
+    """A newer message to the same topic took its place while it waited: ``offline="latest"``."""
+
+
+class MessageExpiredError(PublishError):
+    """``message_expiry`` passed before the message was acknowledged; it is no longer sent.
+
+    Whether it arrived is not known, unless it was never sent.
+    """
+
+
+class QuarantinedError(PublishError):
+    """The broker ended one connection after the other when it got the message, which is no longer sent.
+
+    See ``quarantine_after``. What the broker has against it, it does not say: its size, topic or properties, perhaps.
+    """
+
+
 class NotConnectedError(MQTTDriverError):
-    """The call needs a live link and there is none now: wait with ``wait_live()``, or let ``publish()`` wait."""
+    """The call needs a live link and there is none now: wait with ``wait_live()``, or let ``publish()`` wait.
+
+    Of ``publish(offline="fail")`` also if the link was lost meanwhile; then the message may or may not have arrived.
+    """
 
 
 class StaleDataError(MQTTDriverError):

@@ -150,6 +150,7 @@ class Failover:
 
     async def _try(self, config: DriverConfig, version: int, client_id: str, generation: int) -> None:
         deadline = trio.current_time() + config.connect_timeout
+        counters = Counters()
         connection = Connection(
             await open_stream_by(config, deadline),
             config,
@@ -158,8 +159,8 @@ class Failover:
             generation=generation,
             session=Session(),
             inbox=_Nobody(),
-            outbox=Outbox(max_messages=1, max_bytes=1),
-            counters=Counters(),
+            outbox=Outbox(max_messages=1, max_bytes=1, counters=counters),
+            counters=counters,
             on_remark=lambda _: None,
         )
 

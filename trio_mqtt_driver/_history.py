@@ -115,6 +115,23 @@ class Counters:
     handler_errors: int = 0
     stale_acknowledgements: int = 0
     """Messages acknowledged after their connection had ended: no-ops."""
+    refused_messages: int = 0
+    """Messages refused with ``Message.refuse()``, once for each subscription that did."""
+
+    expired: int = 0
+    """Messages given up in the outbox because their ``message_expiry`` had passed."""
+    superseded: int = 0
+    """Messages given up in the outbox for a newer one of their topic (``offline="latest"``)."""
+    outbox_waits: int = 0
+    """Calls of ``publish()`` that waited for room in the outbox."""
+    outbox_refused: int = 0
+    """Messages that the outbox had no room for."""
+    outbox_dropped: int = 0
+    """Messages dropped for newer ones when the outbox was full (``outbox_full="drop_oldest"``)."""
+    quarantined: int = 0
+    """Messages given up because the broker ended each connection that carried them, or unreadable in a file."""
+    store_errors: int = 0
+    """Batches that could not be written to the outbox file; they are written later."""
 
     def as_dict(self) -> dict[str, int]:
         """Return the counters by name."""

@@ -1,4 +1,4 @@
-"""QoS 1 and 2 exchanges that are open in a session, in both directions [MQTT-4.3], [MQTT-4.4]. No I/O here.
+"""Our QoS 1 and 2 exchanges that are open in a session [MQTT-4.3], [MQTT-4.4]. No I/O here.
 
 With fresh client IDs a session is one connection's, and so are the windows. With a stable ID the outgoing window and
 the record of received QoS 2 identifiers outlive it: what is open is taken up again on the next one.
@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 from collections import deque
 
-import attrs
-
 from ._errors import ProtocolError
 from ._outgoing import Outgoing
 from ._packets import PUBACK, PUBCOMP, PUBREC, PUBREL, encode_ack, packet_name
-from ._types import Message, ReasonCode
 
 
 class PacketIds:
@@ -118,6 +115,12 @@ class OutgoingWindow:
         """Whether the next exchange to take up has room: PUBREL needs none [MQTT-4.9.0-3]."""
         return self.free > 0 or next(iter(self._unsent)) in self._released
 
+    @property
+    def suspect(self) -> tuple[int, Outgoing] | None:
+        """The PUBLISH that the broker would have answered next, if it has been sent on this connection."""
+        first = next(iter(self._sent.items()), None)
+        return first if first is not None and first[1].sent_at < math.inf else None
+
     def take_unsent(self) -> tuple[int, Outgoing, bool]:
         """The next exchange to take up: its identifier, its message, and whether it goes on with PUBREL instead of
         PUBLISH."""
@@ -204,88 +207,3 @@ class OutgoingWindow:
         self._unflushed.clear()
         self._unsent.clear()
         return messages
-
-
-@attrs.define(eq=False)
-class Received:
-    """A QoS 2 message of the broker's that was delivered and is not released."""
-
-    by: IncomingWindow
-    """That of the connection that brought it."""
-    done: bool = False
-    """Whether the application is done with it."""
-
-
-class IncomingWindow:
-    """The broker's QoS 1 and 2 publishes on one connection that we have not acknowledged yet.
-
-    ``received`` is the session's. A session that goes on repeats what the broker thinks we have not got.
-    """
-
-    def __init__(self, maximum: int, received: dict[int, Received] | None = None) -> None:
-        self.maximum = maximum
-        self._received: dict[int, Received] = {} if received is None else received
-        self._qos1 = 0
-        self._qos2: set[int] = set()
-        self._busy: set[int] = set()
-
-    def __len__(self) -> int:
-        return self._qos1 + len(self._qos2)
-
-    @property
-    def unprocessed(self) -> int:
-        """Those that the application is not done with; the others wait for the broker's PUBREL."""
-        return self._qos1 + len(self._busy)
-
-    def publish(self, message: Message[object]) -> tuple[bool, bytes]:
-        """Take a QoS 1 or 2 PUBLISH: whether it is new, and what to answer at once if it is not [MQTT-4.3.3-10]."""
-        if message.qos == 1:
-            self._qos1 += 1
-            return True, b""
-        packet_id = message.packet_id
-        known = self._received.get(packet_id)
-        if known is not None and not message.dup and packet_id not in self._qos2:
-            # The broker has never sent this before [MQTT-3.3.1-1]: it has lost the exchange that we remember, and uses
-            # its identifier for another message. To take that one for the old one would lose it.
-            known = None
-        self._qos2.add(packet_id)
-        if known is not None and known.done:
-            return False, encode_ack(PUBREC, packet_id)
-        self._busy.add(packet_id)
-        if known is not None:
-            return False, b""
-        self._received[packet_id] = Received(self)
-        return True, b""
-
-    def keeps(self, packet_id: int) -> bool:
-        """Whether the session still knows the QoS 2 message that this connection brought."""
-        known = self._received.get(packet_id)
-        return known is not None and known.by is self
-
-    def acknowledge(self, message: Message[object]) -> bytes:
-        """The message was processed: the PUBACK or PUBREC to send."""
-        if message.qos == 1:
-            self._qos1 -= 1
-            return encode_ack(PUBACK, message.packet_id)
-        return self.acknowledge_2(message.packet_id)
-
-    def acknowledge_2(self, packet_id: int) -> bytes:
-        """The same for a QoS 2 message, which an older connection may have brought: then there is nothing to send
-        until this one has brought it, too."""
-        self._received[packet_id].done = True
-        if packet_id not in self._busy:
-            return b""
-        self._busy.discard(packet_id)
-        return encode_ack(PUBREC, packet_id)
-
-    def release(self, packet_id: int, version: int) -> bytes:
-        """Take a PUBREL: the PUBCOMP to send."""
-        known = self._received.get(packet_id)
-        if known is not None and not known.done:
-            raise ProtocolError(f"protocol error: PUBREL for packet identifier {packet_id} before its PUBREC")
-        if known is None:
-            code = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND if version == 5 else ReasonCode.SUCCESS
-            return encode_ack(PUBCOMP, packet_id, code)
-        del self._received[packet_id]
-        self._qos2.discard(packet_id)
-        return encode_ack(PUBCOMP, packet_id)

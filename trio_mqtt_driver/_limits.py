@@ -17,14 +17,20 @@ def publish_error(limits: ServerLimits, outgoing: Outgoing) -> ServerLimitError 
     if outgoing.retain and not limits.retain_available:
         return ServerLimitError("retain is True, but the broker does not keep retained messages [MQTT-3.2.2-14]")
     if limits.maximum_packet_size is not None:
-        # At most 5 bytes of fixed header, 2 of topic length, 2 of packet identifier.
-        size = len(outgoing.raw_topic) + len(outgoing.payload) + len(outgoing.properties) + 9
+        size = packet_size(outgoing)
         if size > limits.maximum_packet_size:
             return ServerLimitError(
                 f"the message needs up to {size} bytes, but the broker's Maximum Packet Size is "
                 f"{limits.maximum_packet_size} [MQTT-3.2.2-15]"
             )
     return None
+
+
+def packet_size(outgoing: Outgoing) -> int:
+    """The most bytes that its PUBLISH can have, without a Topic Alias."""
+    # At most 5 bytes of fixed header, 2 of topic length, 2 of packet identifier.
+    size = len(outgoing.raw_topic) + len(outgoing.payload) + len(outgoing.properties) + 9
+    return size if outgoing.expiry is None else size + 5
 
 
 def subscribe_refusal(

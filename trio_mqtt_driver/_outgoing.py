@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import attrs
 import trio
 
-from ._errors import MessageLostError
+from ._errors import MessageLostError, NotConnectedError
 from ._properties import decode_publish_block
-from ._types import OfflinePolicy, PublishProperties, PublishResult
+from ._types import Diagnosis, OfflinePolicy, PublishProperties, PublishResult
 
 _OVERHEAD = 200
 """Bytes that an accepted message costs besides its topic, payload and properties, roughly."""
@@ -42,6 +42,10 @@ class Outgoing:
     """Among the messages of QoS 1 and 2 of its session."""
     queued: bool = False
     """Whether it is in the outbox and not on a connection."""
+    parked: bool = False
+    """Whether the link was lost, so that whoever does not want to wait for the next one need not."""
+    blamed: int = 0
+    """On how many connections in a row it was the next to be acknowledged when the broker ended them."""
     result: PublishResult | None = None
     error: Exception | None = None
     on_settled: Callable[[Outgoing], None] | None = None
@@ -77,12 +81,37 @@ class Outgoing:
         )
 
     async def settled(self) -> None:
-        if not self.done:
-            if self._event is None:
-                self._event = trio.Event()
-            await self._event.wait()
-        else:
+        if self.done:
             await trio.lowlevel.checkpoint()
+        while not self.done:
+            await self._change()
+
+    async def settled_or_parked(self) -> None:
+        if self.done or self.parked:
+            await trio.lowlevel.checkpoint()
+        while not (self.done or self.parked):
+            await self._change()
+
+    async def _change(self) -> None:
+        if self._event is None:
+            self._event = trio.Event()
+        await self._event.wait()
+
+    def _changed(self) -> None:
+        event, self._event = self._event, None
+        if event is not None:
+            event.set()
+
+    def link_lost(self, diagnosis: Callable[[], Diagnosis]) -> None:
+        """Whoever does not wait out an outage is told."""
+        if self.offline is OfflinePolicy.FAIL:
+            self.settle(self.not_connected("the link was lost before the acknowledgement", diagnosis()))
+        else:
+            self.parked = True
+            self._changed()
+
+    def not_connected(self, what: str, diagnosis: Diagnosis) -> NotConnectedError:
+        return NotConnectedError(f"publish to {self.topic!r}: {what} ({diagnosis})")
 
     async def wait(self) -> PublishResult:
         await self.settled()
@@ -99,8 +128,7 @@ class Outgoing:
             self.error = outcome
         else:
             self.result = outcome
-        if self._event is not None:
-            self._event.set()
+        self._changed()
         if self.on_settled is not None:
             self.on_settled(self)
 

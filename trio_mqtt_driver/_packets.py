@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from ._errors import ProtocolError
-from ._properties import decode_publish_properties, decode_reason_string, decode_text, encode_varint
+from ._properties import PropertyBlock, decode_reason_string, decode_text, encode_varint, read_publish_properties
 from ._types import NO_PROPERTIES, Message, PublishProperties
 
 CONNACK = 0x20
@@ -88,7 +88,7 @@ class PacketReader:
         self._rest = bytearray()
         self._need = 0
         self._topics: dict[bytes, str] = {}
-        self._blocks: dict[bytes, PublishProperties] = {}
+        self._blocks: dict[bytes, PropertyBlock | PublishProperties] = {}
         self._aliases: dict[int, str] = {}
 
     @property
@@ -210,7 +210,7 @@ class PacketReader:
             pos += 2
         elif first & 8:
             raise ProtocolError("malformed packet: PUBLISH with DUP and QoS 0 [MQTT-3.3.1-2]")
-        properties = NO_PROPERTIES
+        properties: PropertyBlock | PublishProperties = NO_PROPERTIES
         if self._version5:
             if pos >= stop:
                 raise ProtocolError("malformed packet: PUBLISH without a property length [MQTT-2.2.2-1]")
@@ -236,7 +236,7 @@ class PacketReader:
             self._topics[raw] = topic
         return topic
 
-    def _publish_properties(self, data: bytes, pos: int, stop: int) -> tuple[PublishProperties, int]:
+    def _publish_properties(self, data: bytes, pos: int, stop: int) -> tuple[PropertyBlock | PublishProperties, int]:
         length = data[pos] & 127
         shift = 7
         while data[pos] > 127:
@@ -249,14 +249,14 @@ class PacketReader:
         end = pos + length
         if end > stop:
             raise ProtocolError("malformed packet: the properties of PUBLISH are longer than it [MQTT-2.2.2.1]")
-        if length > _CACHED_LENGTH:
-            return decode_publish_properties(data, pos, end), end
         block = data[pos:end]
+        if length > _CACHED_LENGTH:
+            return read_publish_properties(block), end
         properties = self._blocks.get(block)
         if properties is None:
             if len(self._blocks) >= _CACHED_BLOCKS:
                 self._blocks.clear()
-            properties = self._blocks[block] = decode_publish_properties(data, pos, end)
+            properties = self._blocks[block] = read_publish_properties(block)
         return properties, end
 
     def _resolve_alias(self, topic: str, alias: int) -> str:

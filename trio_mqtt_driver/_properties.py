@@ -1,10 +1,16 @@
 """The properties of PUBLISH and of its acknowledgements, as bytes [MQTT-2.2.2].
 
-Decoding is eager: a malformed property must end the connection, not surprise whoever looks at it later. What makes
-that cheap is that peers send the same few blocks again and again, so ``_packets`` keeps the decoded values by block.
+A malformed property must end the connection when it arrives, not surprise whoever looks at it later. But few look, so
+the properties of an incoming PUBLISH are *scanned* when they arrive, and decoded when somebody asks for them.
+
+Hazard: two readers of one format can differ. So the scan finds no faults: it only knows blocks that are good, and
+leaves every other one to the decoder, whose word is final. What the scan lets pass the decoder must take (the tests
+hold one against the other).
 """
 
 from __future__ import annotations
+
+import attrs
 
 from ._errors import ProtocolError
 from ._topics import check_topic
@@ -150,11 +156,118 @@ def decode_publish_properties(data: bytes, pos: int, end: int) -> PublishPropert
     )
 
 
+@attrs.define(eq=False)
+class PropertyBlock:
+    """The properties of a PUBLISH as they came, known to be good; decoded once, for all messages that have the same.
+
+    Routing needs the identifiers and the alias of every message, so these are values from the beginning.
+    """
+
+    _block: bytes = attrs.field(repr=False)
+    subscription_identifiers: tuple[int, ...]
+    topic_alias: int | None
+    _decoded: PublishProperties | None = attrs.field(default=None, init=False, repr=False)
+
+    def decode(self) -> PublishProperties:
+        if self._decoded is None:
+            self._decoded = decode_publish_properties(self._block, 0, len(self._block))
+        return self._decoded
+
+
+def read_publish_properties(block: bytes) -> PropertyBlock | PublishProperties:
+    """The properties of a PUBLISH, without their length. Raises ``ProtocolError``.
+
+    ``block`` is kept: it must be bytes of its own.
+    """
+    return _scan(block) or decode_publish_properties(block, 0, len(block))
+
+
+def _scan(block: bytes) -> PropertyBlock | None:
+    """The block if it is good; None to let the decoder say what is wrong.
+
+    A length that points beyond the block is found where the next read is: at an index that is not there, or because
+    the properties do not end where the block does.
+    """
+    identifiers: list[int] = []
+    alias = None
+    seen: set[int] = set()
+    pos = 0
+    end = len(block)
+    try:
+        while pos < end:
+            identifier = block[pos]
+            pos += 1
+            if identifier == _USER_PROPERTY:
+                pos = _skip_text(block, _skip_text(block, pos))
+                continue
+            if identifier == _SUBSCRIPTION_IDENTIFIER:
+                value, pos = _scan_varint(block, pos)
+                identifiers.append(value)
+                continue
+            if identifier in seen:
+                return None
+            seen.add(identifier)
+            if identifier == _CORRELATION_DATA:
+                pos += 2 + (block[pos] << 8 | block[pos + 1])
+            elif identifier == _CONTENT_TYPE:
+                pos = _skip_text(block, pos)
+            elif identifier == _RESPONSE_TOPIC:
+                start = pos + 2
+                pos = _skip_text(block, pos)
+                topic = block[start:pos]
+                if not topic or b"+" in topic or b"#" in topic:
+                    return None
+            elif identifier == _MESSAGE_EXPIRY:
+                pos += 4
+            elif identifier == _TOPIC_ALIAS:
+                alias = block[pos] << 8 | block[pos + 1]
+                if not alias:
+                    return None
+                pos += 2
+            elif identifier == _PAYLOAD_FORMAT:
+                if block[pos] > 1:
+                    return None
+                pos += 1
+            else:
+                return None
+    except (IndexError, ValueError):
+        return None
+    return PropertyBlock(block, tuple(identifiers), alias) if pos == end else None
+
+
+def _skip_text(block: bytes, pos: int) -> int:
+    """Where the text at ``pos`` ends. Raises ``ValueError`` if it is none."""
+    start = pos + 2
+    pos = start + (block[pos] << 8 | block[pos + 1])
+    raw = block[start:pos]
+    if b"\0" in raw:
+        raise ValueError("U+0000")
+    if not raw.isascii():
+        raw.decode()
+    return pos
+
+
+def _scan_varint(block: bytes, pos: int) -> tuple[int, int]:
+    """A variable byte integer and where it ends. Raises ``ValueError`` if it is 0 or not in its shortest form."""
+    value = 0
+    for shift in (0, 7, 14, 21):
+        byte = block[pos]
+        pos += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            if not byte:
+                break
+            return value, pos
+    raise ValueError("0 or too long")
+
+
 def decode_publish_block(block: bytes) -> PublishProperties:
     """The same of a whole block that we have encoded."""
     reader = _Reader(block, 0, len(block))
     length = reader.varint()
-    return decode_publish_properties(block, len(block) - length, len(block))
+    if reader.pos + length != len(block):
+        raise ProtocolError("malformed properties: their length is wrong [MQTT-2.2.2.1]")
+    return decode_publish_properties(block, reader.pos, len(block))
 
 
 def decode_reason_string(data: bytes, pos: int, end: int) -> str | None:
@@ -199,6 +312,16 @@ def encode_text(value: str, field: str) -> bytes:
     return _binary(raw, field)
 
 
+def check_utf8(payload: bytes) -> None:
+    """``ValueError`` if a payload is not the UTF-8 that ``payload_format`` calls it [MQTT-3.3.2.3.2]."""
+    if payload.isascii():
+        return
+    try:
+        payload.decode()
+    except UnicodeDecodeError as exc:
+        raise ValueError(f"payload_format is 1 (UTF-8), but payload is not UTF-8: {payload[:60]!r}") from exc
+
+
 def encode_publish_properties(properties: PublishProperties) -> bytes:
     """The property block of an outgoing PUBLISH, its length in front; ``b"\\0"`` if none is set.
 
@@ -233,3 +356,23 @@ def encode_publish_properties(properties: PublishProperties) -> bytes:
         out += encode_text(pair[0], "user_properties")
         out += encode_text(pair[1], "user_properties")
     return encode_varint(len(out)) + bytes(out)
+
+
+def check_message_expiry(value: int) -> int:
+    """Seconds as Message Expiry can carry them [MQTT-3.3.2.3.3]. Raises ``ValueError``."""
+    return _integer(value, "message_expiry", 0, 0xFFFFFFFF)
+
+
+def extend_block(block: bytes, *, message_expiry: int | None = None, topic_alias: int | None = None) -> bytes:
+    """A whole property block of PUBLISH with these added; it must not hold them yet."""
+    added = b""
+    if message_expiry is not None:
+        added += bytes((_MESSAGE_EXPIRY,)) + message_expiry.to_bytes(4, "big")
+    if topic_alias is not None:
+        added += bytes((_TOPIC_ALIAS,)) + topic_alias.to_bytes(2, "big")
+    if not added:
+        return block
+    start = 1
+    while block[start - 1] > 127:
+        start += 1
+    return encode_varint(len(block) - start + len(added)) + added + block[start:]

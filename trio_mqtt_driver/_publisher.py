@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
-from ._errors import DriverClosedError, NotConnectedError, PublishTimeoutError
+from ._config import DriverConfig
+from ._errors import (
+    DriverClosedError,
+    MessageExpiredError,
+    MessageLostError,
+    PublishTimeoutError,
+    SupersededError,
+)
+from ._history import Counters
 from ._limits import publish_error
-from ._outbox import Outbox
+from ._outbox import Outbox, expired_text
 from ._outgoing import Outgoing, Receipt
+from ._store import Store
 from ._supervisor import Supervisor
-from ._types import OfflinePolicy, PublishResult, State
+from ._types import OfflinePolicy, PublishResult, ReasonCode, State
 
 
 class Publisher:
@@ -22,15 +32,34 @@ class Publisher:
         self._supervisor = supervisor
         self._outbox = outbox
         self._check_open = check_open
+        self._store: Store | None = None
 
-    async def publish(self, outgoing: Outgoing, policy: OfflinePolicy) -> PublishResult:
+    @asynccontextmanager
+    async def stored(self, config: DriverConfig, counters: Counters) -> AsyncGenerator[None, None]:
+        """Keep the outbox in its file while the block runs, if it has one. Raises ``OutboxFileError``."""
+        if config.outbox_path is None:
+            yield
+            return
+        store = await Store.open(config.outbox_path, wall_clock=config.wall_clock, counters=counters)
+        try:
+            self._store = store
+            self._outbox.attach(store)
+            yield
+        finally:
+            await store.aclose()  # noqa: ASYNC102  # it shields and bounds itself
+
+    async def run(self) -> None:
+        """What the outbox needs in the background. Runs until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._outbox.run)
+            if self._store is not None:
+                nursery.start_soon(self._store.run)
+
+    async def publish(self, outgoing: Outgoing) -> PublishResult:
         """Until the guarantee of its QoS is met, or for ``publish_timeout``. ``MQTTDriver.publish`` says the rest."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_open()
-        if policy is OfflinePolicy.FAIL and self._supervisor.state is not State.LIVE:
-            raise NotConnectedError(
-                f"publish to {outgoing.topic!r}: the link is down ({self._supervisor.diagnosis()})"
-            )
+        self._check_link(outgoing)
         timeout = self._supervisor.config.publish_timeout
         if timeout == math.inf:
             return await self._publish(outgoing)
@@ -44,16 +73,45 @@ class Publisher:
         raise error
 
     async def _publish(self, outgoing: Outgoing) -> PublishResult:
-        await self._outbox.wait_room(outgoing.size)
+        if outgoing.expiry is None:
+            await self._outbox.wait_room(outgoing)
+        else:
+            with trio.move_on_at(outgoing.expires_at) as scope:
+                await self._outbox.wait_room(outgoing)
+            if scope.cancelled_caught:
+                raise MessageExpiredError(expired_text(outgoing))
         self._check_open()
+        self._check_link(outgoing)  # again: it may have waited for room
         self._submit(outgoing)
+        if outgoing.offline is OfflinePolicy.WAIT:
+            return await outgoing.wait()
+        await outgoing.settled_or_parked()
+        # Who asks for the latest does not mind that there is a newer one by now.
+        if not outgoing.done or isinstance(outgoing.error, SupersededError):
+            return await self._accepted(outgoing)
         return await outgoing.wait()
 
+    async def _accepted(self, outgoing: Outgoing) -> PublishResult:
+        if self._store is not None:
+            await self._store.wait_stored(outgoing)
+        return PublishResult(
+            reason_code=ReasonCode.SUCCESS,
+            generation=self._supervisor.generation,
+            attempts=outgoing.attempts,
+            latency=trio.current_time() - outgoing.accepted_at,
+            queued=True,
+        )
+
     def publish_nowait(self, outgoing: Outgoing) -> Receipt:
-        """Raises ``OutboxFullError``, ``ServerLimitError`` or ``DriverClosedError``."""
+        """Raises ``OutboxFullError``, ``ServerLimitError``, ``NotConnectedError`` or ``DriverClosedError``."""
         self._check_open()
+        self._check_link(outgoing)
         self._submit(outgoing)
         return Receipt(outgoing)
+
+    def _check_link(self, outgoing: Outgoing) -> None:
+        if outgoing.offline is OfflinePolicy.FAIL and self._supervisor.state is not State.LIVE:
+            raise outgoing.not_connected("the link is down", self._supervisor.diagnosis())
 
     def _submit(self, outgoing: Outgoing) -> None:
         supervisor = self._supervisor
@@ -67,6 +125,15 @@ class Publisher:
             if not outgoing.qos and connection.sender.has_room and not self._outbox.holds_qos0:
                 connection.sender.send(outgoing)
                 return
-        self._outbox.accept(outgoing)
+        self._outbox.accept(outgoing, live=connection is not None)
         if connection is not None:
             connection.sender.refill()
+        else:
+            outgoing.parked = True
+
+    def lost(self, outgoing: Outgoing) -> MessageLostError:
+        """The driver ended first."""
+        text = f"the driver ended before {outgoing.topic!r} was acknowledged"
+        if outgoing.row:
+            text += "; it is kept in the outbox file"
+        return MessageLostError(text)

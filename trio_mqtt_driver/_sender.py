@@ -4,16 +4,28 @@ waits. Nothing here waits."""
 from __future__ import annotations
 
 import logging
+import math
 
 import trio
 
+from ._aliases import ROOM, TopicAliases
 from ._config import DriverConfig
-from ._errors import ProtocolError, PublishRefusedError
+from ._errors import (
+    AckTimeoutError,
+    ConnectionLostError,
+    KeepAliveError,
+    MQTTDriverError,
+    ProtocolError,
+    PublishRefusedError,
+    ServerDisconnectedError,
+    SuspendedError,
+)
 from ._history import Counters
-from ._limits import publish_error
+from ._limits import packet_size, publish_error
 from ._outbox import Outbox
 from ._outgoing import Outgoing
 from ._packets import PUBCOMP, PUBREL, encode_ack, encode_publish, packet_name
+from ._properties import extend_block
 from ._session import Session
 from ._types import PublishResult, ReasonCode, ServerLimits
 from ._writer import Writer
@@ -22,6 +34,23 @@ logger = logging.getLogger("trio_mqtt_driver")
 
 _WINDOW_3_1_1 = 20
 """3.1.1 has no Receive Maximum; brokers commonly keep 20 and some drop what exceeds it."""
+
+_ROUNDING = 0.001
+"""Seconds by which times that were computed from a wall clock may be off."""
+
+_ABOUT_THE_LINK = frozenset(
+    {
+        ReasonCode.SERVER_BUSY,
+        ReasonCode.SERVER_SHUTTING_DOWN,
+        ReasonCode.KEEP_ALIVE_TIMEOUT,
+        ReasonCode.SESSION_TAKEN_OVER,
+        ReasonCode.USE_ANOTHER_SERVER,
+        ReasonCode.SERVER_MOVED,
+        ReasonCode.CONNECTION_RATE_EXCEEDED,
+        ReasonCode.MAXIMUM_CONNECT_TIME,
+    }
+)
+"""Reasons for a DISCONNECT that have nothing to do with what was sent."""
 
 
 class Sender:
@@ -46,7 +75,10 @@ class Sender:
         self._version = version
         self._generation = generation
         self._limits = ServerLimits()
-        self._live = False
+        self._aliases = TopicAliases(0)
+        self._live_since = math.inf
+        self._paced_until = -math.inf
+        self._held_back = trio.Event()
         self._warned = False
         self._acknowledged = trio.Event()
         self.closing = False
@@ -58,6 +90,7 @@ class Sender:
         That cannot wait: brokers count it as in flight, and may have no room for the test publish before it is done.
         """
         self._limits = limits
+        self._aliases = TopicAliases(min(self._config.topic_aliases, limits.topic_alias_maximum))
         window = limits.receive_maximum if self._version == 5 else _WINDOW_3_1_1
         self._window.size = min(self._config.in_flight, window)
         self.refill()
@@ -98,21 +131,32 @@ class Sender:
     def _publish(self, outgoing: Outgoing, packet_id: int, *, dup: bool = False) -> None:
         outgoing.attempts += 1
         self._counters.messages_out += 1
-        if self._version != 5 and outgoing.properties != b"\0":
+        if self._version != 5 and (outgoing.properties != b"\0" or outgoing.expiry is not None):
             self._warn_once()
+        maximum = self._limits.maximum_packet_size
+        topic, alias = self._aliases.take(
+            outgoing.raw_topic, room=maximum is None or packet_size(outgoing) + ROOM <= maximum
+        )
         self._writer.write(
             encode_publish(
-                outgoing.raw_topic,
+                topic,
                 outgoing.payload,
                 qos=outgoing.qos,
                 retain=outgoing.retain,
                 dup=dup,
                 packet_id=packet_id,
-                properties=outgoing.properties if self._version == 5 else None,
+                properties=self._properties(outgoing, alias) if self._version == 5 else None,
             )
         )
         if packet_id:
             self._window.written(outgoing, self._writer.written)
+
+    def _properties(self, outgoing: Outgoing, alias: int | None) -> bytes:
+        if outgoing.expiry is None:
+            return extend_block(outgoing.properties, topic_alias=alias) if alias else outgoing.properties
+        # What is left of it. Not 0, even if it has passed while a session was taken up: brokers take that for "never".
+        left = max(1, math.ceil(outgoing.expires_at - trio.current_time() - _ROUNDING))
+        return extend_block(outgoing.properties, message_expiry=left, topic_alias=alias)
 
     def _warn_once(self) -> None:
         if not self._warned:
@@ -124,8 +168,28 @@ class Sender:
 
     def go_live(self) -> None:
         """The subscriptions are there: from now on what waits in the outbox goes out."""
-        self._live = True
+        self._live_since = trio.current_time()
         self.refill()
+
+    async def pace(self) -> None:
+        """Go on with what ``refill_rate`` holds back. Runs until cancelled."""
+        while True:
+            await self._held_back.wait()
+            self._held_back = trio.Event()
+            await trio.sleep_until(self._paced_until)
+            self.refill()
+
+    def _too_early(self, outgoing: Outgoing) -> bool:
+        """Whether ``refill_rate`` holds back a message that has waited for this link."""
+        now = trio.current_time()
+        if outgoing.accepted_at >= self._live_since and not outgoing.attempts:
+            return False
+        if now < self._paced_until:
+            self._held_back.set()
+            return True
+        # Timers are late: what they were too late for, up to a tenth of a second, is made up for.
+        self._paced_until = max(self._paced_until, now - 0.1) + 1 / self._config.refill_rate
+        return False
 
     def refill(self) -> None:
         """Send what the window and the write buffer have room for: first what an older connection left open."""
@@ -135,10 +199,12 @@ class Sender:
                     return
                 self._take_up()
                 continue
-            if not self._live:
+            if self._live_since == math.inf:
                 return
             outgoing = self._outbox.peek()
             if outgoing is None or (outgoing.qos and self._window.free <= 0):
+                return
+            if self._config.refill_rate < math.inf and self._too_early(outgoing):
                 return
             self._outbox.take()
             error = publish_error(self._limits, outgoing)
@@ -159,6 +225,20 @@ class Sender:
         else:  # The broker has become stricter, and would end every connection over it.
             self._window.drop(packet_id)
             outgoing.settle(error)
+
+    def ended(self, cause: MQTTDriverError | None) -> None:
+        """The connection is over: if the broker has ended it, the first message in line may be the reason."""
+        suspect = self._window.suspect
+        limit = self._config.quarantine_after
+        if suspect is None or not limit or not _blames_us(cause):
+            return
+        packet_id, outgoing = suspect
+        outgoing.blamed += 1
+        if outgoing.blamed >= limit:
+            self._window.drop(packet_id)
+            self._outbox.quarantine(
+                outgoing, f"the broker ended {limit} connections in a row over it, lastly: {cause}"
+            )
 
     def flushed(self, now: float) -> None:
         """The writer has sent something."""
@@ -198,3 +278,12 @@ class Sender:
                 latency=trio.current_time() - outgoing.accepted_at,
             )
         )
+
+
+def _blames_us(cause: MQTTDriverError | None) -> bool:
+    """Whether a broker that finds a message unbearable would end the connection in this way."""
+    if isinstance(cause, ServerDisconnectedError):
+        return cause.reason_code not in _ABOUT_THE_LINK
+    return isinstance(cause, ConnectionLostError) and not isinstance(
+        cause, AckTimeoutError | KeepAliveError | SuspendedError
+    )

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
 from ._config import Endpoint
-from ._inflight import OutgoingWindow, PacketIds, Received
+from ._incoming import Received
+from ._inflight import OutgoingWindow, PacketIds
 from ._outgoing import Outgoing
+from ._types import Message
 
 
 @attrs.frozen
@@ -49,7 +52,7 @@ class Session:
         """By Packet Identifier."""
         self.copies: bool | None = None
         """Whether the broker sends a copy per matching filter and cannot mark them; None until that matters."""
-        self.on_processed: Callable[[int], None] | None = None
+        self.on_processed: Callable[[Message[Any]], None] | None = None
         """The connection that the session goes on with, as far as this module knows it."""
 
     def is_over(self, now: float) -> bool:
@@ -75,8 +78,9 @@ class Session:
         self.ids.clear()
         return messages
 
-    def processed(self, packet_id: int) -> None:
+    def processed(self, message: Message[Any]) -> None:
         """The application is done with a QoS 2 message that an older connection of this session brought."""
-        self.received[packet_id].done = True
+        received = self.received[message.packet_id]
+        received.message, received.code = None, message._code  # pyright: ignore[reportPrivateUsage]  # the connection's
         if self.on_processed is not None:
-            self.on_processed(packet_id)
+            self.on_processed(message)

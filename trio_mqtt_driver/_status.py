@@ -40,7 +40,7 @@ class Status:
     in_flight: int
     """Publishes on the wire that are not acknowledged yet."""
     unacknowledged: int
-    """Incoming messages whose handlers have not finished."""
+    """Incoming messages that are not acknowledged: their handlers have not finished, or it is not their turn."""
     counters: dict[str, int]
     endpoints: tuple[EndpointHealth, ...]
     """In order of preference."""

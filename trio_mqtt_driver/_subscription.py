@@ -4,8 +4,11 @@ The queue is filled by the reader of the connection, which never waits (``put`` 
 task. It belongs to the driver, not to a connection, so it lives across reconnects.
 
 A message is *done*, and then acknowledged, when its handler has returned, or when the iterator is asked for the next
-one: not when it is handed out, since whoever got it may still fail.
+one: not when it is handed out, since whoever got it may still fail. `Acknowledge` has the other choices.
 """
+
+# A message and the subscription that has it belong together.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ import trio
 from ._errors import DriverClosedError, PayloadError
 from ._history import Counters
 from ._registry import Registration, Standing
-from ._types import Message, Overflow, ReasonCode
+from ._types import Acknowledge, Message, Overflow, ReasonCode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,12 +47,18 @@ class SubscriptionStatistics:
     delivered: int
     """Given to the handler or handed out by the iterator."""
     dropped: int
-    """By the overflow policy: of QoS 0, and of any QoS if the connection that brought it is over; or still queued when
-    the driver ended."""
+    """By the overflow policy: what need not be acknowledged, or is superseded; or still queued when the driver
+    ended."""
+    superseded: int
+    """Of these, those of any QoS that a newer one of the same topic took the place of (``Overflow.LATEST``)."""
+    refused: int
+    """With ``Message.refuse()``."""
     dead_letters: int
     """Payloads that fit neither this message class nor that of another subscription of the same filter."""
     handler_errors: int
     queued: int
+    queued_bytes: int
+    """Of payload."""
 
 
 class Subscription(Generic[T]):
@@ -66,8 +75,10 @@ class Subscription(Generic[T]):
         typed: bool,
         handler: Handler[T] | None,
         on_dead_letter: DeadLetterHandler | None,
+        acknowledge: Acknowledge,
         overflow: Overflow,
         queue_messages: int,
+        queue_bytes: int,
         counters: Counters,
         changed: Callable[[Subscription[Any]], None],
         failed: Callable[[Subscription[Any], Message[Any], Exception], None],
@@ -75,6 +86,9 @@ class Subscription(Generic[T]):
         self.topic_filter = topic_filter
         self.overflow = overflow
         self.queue_messages = queue_messages
+        self.queue_bytes = queue_bytes
+        self._on_receipt = acknowledge is Acknowledge.RECEIVED
+        self._manual = acknowledge is Acknowledge.MANUAL
         self.registration: Registration[Subscription[Any]] | None = None
         self.handler = handler
         self._decode = decode
@@ -84,17 +98,20 @@ class Subscription(Generic[T]):
         self._changed = changed
         self._failed = failed
         self._queue: deque[Message[Any]] = deque()
+        self._queued_bytes = 0
         self.first_generation = 0
         """The generation that granted it; retained messages that a later one brings are repetitions."""
         self._arrived = trio.Event()
         self._handed_out: Message[T] | None = None
+        self._kept: Message[T] | None = None
+        """The last one that its reader was left to acknowledge (``Acknowledge.MANUAL``)."""
         self._receiving = False
         self._burying = False
         """Whether a dead-letter handler runs: user code, which nobody waits for."""
         self._closed = False
         self._turn = 0
-        self._received = self._delivered = self._dropped = self._dead_letters = 0
-        self._handler_errors = 0
+        self._received = self._delivered = self._dropped = self._superseded = 0
+        self._dead_letters = self._refused = self._handler_errors = 0
 
     def __repr__(self) -> str:
         return f"<Subscription {self.topic_filter!r} {self._delivered} delivered, {len(self._queue)} queued>"
@@ -117,8 +134,8 @@ class Subscription(Generic[T]):
 
     @property
     def full(self) -> bool:
-        """Whether the queue has reached its bound."""
-        return len(self._queue) >= self.queue_messages
+        """Whether the queue has reached a bound."""
+        return len(self._queue) >= self.queue_messages or self._queued_bytes >= self.queue_bytes
 
     def statistics(self) -> SubscriptionStatistics:
         """Counters since the subscription was made."""
@@ -126,14 +143,17 @@ class Subscription(Generic[T]):
             received=self._received,
             delivered=self._delivered,
             dropped=self._dropped,
+            superseded=self._superseded,
+            refused=self._refused,
             dead_letters=self._dead_letters,
             handler_errors=self._handler_errors,
             queued=len(self._queue),
+            queued_bytes=self._queued_bytes,
         )
 
     @property
     def unprocessed(self) -> int:
-        """Messages that are queued, or handed out and not done with."""
+        """Messages that are queued, or that a handler or an iterator has; not those that it left for later."""
         return len(self._queue) + (self._handed_out is not None or self._burying)
 
     @property
@@ -151,40 +171,81 @@ class Subscription(Generic[T]):
     def put(self, message: Message[Any]) -> None:
         """Queue a message, whether there is room or not; ``shorten`` follows."""
         self._received += 1
+        if message.qos and message._source is not None:
+            if message._source.overtakes and self._holds_up:
+                # It would be overtaken, too, but each time others would have waited for it first.
+                message._source.overtake(message._original or message)
+            if self._on_receipt:
+                source = message._source
+                message._done()
+                message._source = source  # tells whether the connection that brought it is over
         self._queue.append(message)
+        self._queued_bytes += len(message.payload)
         self._arrived.set()
+
+    @property
+    def _holds_up(self) -> bool:
+        busy = self._handed_out or self._kept
+        return (busy is not None and busy._holds_up) or (bool(self._queue) and self._queue[-1]._holds_up)
 
     def shorten(self) -> None:
         """Apply the overflow policy to a queue that has become too long.
 
-        QoS 1 and 2 stay: unacknowledged ones are bounded by the connection's Receive Maximum. But those of a
-        connection that is over, which nobody can acknowledge any more, go like QoS 0.
+        What is to be acknowledged stays: that is bounded by the connection. But what a connection has brought that is
+        over, which nobody can acknowledge any more, goes like QoS 0.
         """
         block = self.overflow is Overflow.BLOCK
         # While reading pauses nothing comes, but each new connection brings a little before it pauses, too.
-        excess = len(self._queue) - (2 * self.queue_messages if block else self.queue_messages)
-        if excess <= 0:
+        most = 2 if block else 1
+        if len(self._queue) <= most * self.queue_messages and self._queued_bytes <= most * self.queue_bytes:
             return
+        if self.overflow is Overflow.LATEST:
+            self._supersede()
         newest = self.overflow is Overflow.DROP_NEWEST
-        kept: deque[Message[Any]] = deque()
-        for message in reversed(self._queue) if newest else self._queue:
-            if excess and (message._stale or not (message.qos or block)):  # pyright: ignore[reportPrivateUsage]
-                excess -= 1
-                self._dropped += 1
-                self._counters.dropped += 1
-            elif newest:
-                kept.appendleft(message)
+        kept: list[Message[Any]] = []
+        while self._queue:
+            left = len(self._queue) + len(kept)
+            if left == 1 or (left <= most * self.queue_messages and self._queued_bytes <= most * self.queue_bytes):
+                break
+            message = self._queue.pop() if newest else self._queue.popleft()
+            if message._stale if block else not message._owed:
+                self._drop(message)
             else:
                 kept.append(message)
+        if newest:
+            self._queue.extend(reversed(kept))
+        else:
+            self._queue.extendleft(reversed(kept))
+
+    def _supersede(self) -> None:
+        """Let go of each message for which there is a newer one of its topic."""
+        seen: set[str] = set()
+        kept: deque[Message[Any]] = deque()
+        for message in reversed(self._queue):
+            if message.topic not in seen:
+                seen.add(message.topic)
+                kept.appendleft(message)
+                continue
+            self._superseded += 1
+            self._drop(message)
+            if message._owed:
+                message._done()
         self._queue = kept
+
+    def _drop(self, message: Message[Any]) -> None:
+        self._queued_bytes -= len(message.payload)
+        self._dropped += 1
+        self._counters.dropped += 1
 
     def close(self) -> None:
         """End iteration and let go of what is queued. It is acknowledged: nobody is left who could process it, and
-        unacknowledged it would take up the broker's window for as long as the connection lasts."""
+        unacknowledged it would take up the broker's window for as long as the connection lasts. What was handed out
+        is for whoever has it."""
         self._closed = True
         self._arrived.set()
+        self._queued_bytes = 0
         while self._queue:
-            self._queue.popleft()._done()  # pyright: ignore[reportPrivateUsage]
+            self._queue.popleft()._done()
         self._changed(self)
 
     def abandon(self) -> None:
@@ -192,6 +253,7 @@ class Subscription(Generic[T]):
         self._dropped += len(self._queue)
         self._counters.dropped += len(self._queue)
         self._queue.clear()
+        self._queued_bytes = 0
 
     # -- the emptying end ---------------------------------------------------------------------------------------------
 
@@ -215,7 +277,10 @@ class Subscription(Generic[T]):
                     self._arrived = trio.Event()
                     await self._arrived.wait()
                 message: Message[T] = self._queue.popleft()
+                self._queued_bytes -= len(message.payload)
                 self._changed(self)
+                if message.qos:
+                    message._reader = self
                 try:
                     message.value = self._decode(message.payload)
                 except PayloadError as exc:
@@ -232,7 +297,15 @@ class Subscription(Generic[T]):
         """The message that was handed out last is processed."""
         if self._handed_out is not None:
             message, self._handed_out = self._handed_out, None
-            message._done()  # pyright: ignore[reportPrivateUsage]
+            if self._manual and message.qos:
+                self._kept = message
+            else:
+                message._done()
+
+    def refused(self) -> None:
+        """Count a message that was refused."""
+        self._refused += 1
+        self._counters.refused_messages += 1
 
     def handler_failed(self) -> None:
         """Count an exception of the handler."""
@@ -266,7 +339,7 @@ class Subscription(Generic[T]):
             self._failed(self, message, exc)
         finally:
             self._burying = False
-            message._done()  # pyright: ignore[reportPrivateUsage]
+            message._done()
 
     def accepts(self, payload: bytes) -> bool:
         """Whether a payload fits this subscription's message class; one that takes raw bytes claims nothing."""

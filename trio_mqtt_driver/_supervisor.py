@@ -134,6 +134,8 @@ class Supervisor:
             self._live_since = self._states.since
             self._edges.set(True)
         elif before is State.LIVE and state is not State.CLOSING:
+            for outgoing in self.undelivered:
+                outgoing.link_lost(self.diagnosis)
             self._edges.set(False)
 
     def _record(self, kind: str, text: str, error: BaseException | None = None) -> str:
@@ -244,13 +246,16 @@ class Supervisor:
         if self.generation:
             self._history.counters.replays += due
         await synchronise(connection, self._registry)
-        # The last answer may have come together with a cancellation: a link that is given up must not go live.
-        await trio.lowlevel.checkpoint_if_cancelled()
+        # Also because the last answer may have come together with a cancellation: a link that is given up must not go
+        # live.
+        await self._outbox.take_out_qos0()
         self._go_live(connection)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_synchronised, connection)
             nursery.start_soon(self._look_for_better)
             nursery.start_soon(self._presence.insist, connection)
+            if connection.config.refill_rate < math.inf:
+                nursery.start_soon(connection.sender.pace)
             with trio.move_on_after(self._backoff.stable_after):
                 await self._end_session.wait()
             if not self._end_session.is_set():

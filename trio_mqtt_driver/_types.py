@@ -44,24 +44,48 @@ class PayloadFormat(enum.IntEnum):
 class Overflow(_Word):
     """What a subscription does with a message that finds its queue full. Every drop is counted.
 
-    The drop policies take QoS 0 messages only: those of QoS 1 and 2 are bounded by the Receive Maximum instead, so
-    that none is acknowledged unseen. But what a connection brought that is over cannot be acknowledged any more, and
-    goes like QoS 0.
+    The drop policies take QoS 0 messages only: those of QoS 1 and 2 are bounded by the Receive Maximum and
+    ``receive_bytes`` instead, so that none is acknowledged unseen. What is not to be acknowledged any more goes like
+    QoS 0: it was on receipt (``Acknowledge.RECEIVED``), or the connection that brought it is over.
     """
 
     DROP_OLDEST = "drop_oldest"
     DROP_NEWEST = "drop_newest"
+    LATEST = "latest"
+    """Of each topic only the newest message stays, whatever the QoS: an older one is acknowledged, since whoever asks
+    for this wants the newest only. If that is not enough, as ``DROP_OLDEST``."""
     BLOCK = "block"
     """Stop reading the socket until there is room: nothing is lost here, and *every* subscription waits. A handler
     that awaits ``publish(qos=1)``, ``subscribe()``, ``unsubscribe()`` or ``ping()`` may then wait for an answer that
     is not being read. At twice its bound the queue lets messages go that a connection brought which is over."""
 
 
+class Acknowledge(_Word):
+    """When a message of QoS 1 or 2 is acknowledged. If several subscriptions match it, when all of them have done so.
+
+    A dead letter is acknowledged when its handler has returned, or the log has it, whatever is chosen.
+    """
+
+    PROCESSED = "processed"
+    """When its handler has returned or raised, or the iterator is asked for the next one."""
+    RECEIVED = "received"
+    """As soon as it is in the queue: from there on it is delivered at most once, and may be dropped like QoS 0."""
+    MANUAL = "manual"
+    """When ``Message.ack()`` or ``Message.refuse()`` is called, in whatever task, also after the subscription has
+    ended. What is never acknowledged takes up the Receive Maximum for as long as the connection lasts."""
+
+
 class OfflinePolicy(_Word):
-    """What ``publish()`` does while the link is down."""
+    """What becomes of a publish while the link is down."""
 
     WAIT = "wait"
+    """It waits in the outbox, and ``publish()`` with it, until the QoS guarantee is met."""
+    QUEUE = "queue"
+    """It waits in the outbox, and ``publish()`` returns as soon as it is there (with ``outbox_path``: on the disk)."""
+    LATEST = "latest"
+    """As ``QUEUE``, but only the newest one per topic waits: for state, where an older message is worth nothing."""
     FAIL = "fail"
+    """``publish()`` raises ``NotConnectedError``, also if the link is lost before the acknowledgement."""
 
 
 class State(_Word):
@@ -156,15 +180,49 @@ class PublishProperties:
 NO_PROPERTIES = PublishProperties()
 
 
+class UndecodedProperties(Protocol):
+    """The properties of an incoming PUBLISH as a message keeps them until somebody asks for them."""
+
+    @property
+    def subscription_identifiers(self) -> tuple[int, ...]: ...
+
+    def decode(self) -> PublishProperties: ...
+
+
 class Acknowledger(Protocol):
     """The connection that a message came from, as far as a message knows it."""
 
     @property
     def ended(self) -> bool: ...
 
+    @property
+    def overtakes(self) -> bool:
+        """Whether any of its messages has been overtaken yet: else nobody has to look."""
+        ...
+
     def keeps(self, message: Message[Any]) -> bool: ...
 
-    def acknowledge(self, message: Message[Any]) -> None: ...
+    def acknowledge(self, message: Message[Any]) -> bool: ...
+
+    def overtake(self, message: Message[Any]) -> None: ...
+
+
+class Reader(Protocol):
+    """The subscription that handed a message out, as far as a message knows it."""
+
+    def refused(self) -> None: ...
+
+
+_REFUSALS = (
+    ReasonCode.UNSPECIFIED_ERROR,
+    ReasonCode.IMPLEMENTATION_SPECIFIC_ERROR,
+    ReasonCode.NOT_AUTHORIZED,
+    ReasonCode.TOPIC_NAME_INVALID,
+    ReasonCode.PACKET_IDENTIFIER_IN_USE,
+    ReasonCode.QUOTA_EXCEEDED,
+    ReasonCode.PAYLOAD_FORMAT_INVALID,
+)
+"""What PUBACK and PUBREC may say [MQTT-3.4.2.1], [MQTT-3.5.2.1]."""
 
 
 # Not frozen: one is made per incoming packet, and a frozen attrs class costs a multiple of a plain __init__.
@@ -181,21 +239,78 @@ class Message(Generic[T]):
     qos: int = 0
     retain: bool = False
     dup: bool = False
-    properties: PublishProperties = NO_PROPERTIES
+    _properties: PublishProperties | UndecodedProperties = NO_PROPERTIES
     packet_id: int = 0
     generation: int = 0
     replayed: bool = False
     value: T = None  # type: ignore[assignment]  # set before user code sees the message
     _source: Acknowledger | None = None
-    _pending: list[int] | None = None
-    """Shared by the copies of one message: how many subscriptions are not done with it."""
+    _original: Message[T] | None = None
+    """The one that this is a copy of, for one of several subscriptions."""
+    _open: int = 1
+    """How many subscriptions are not done with it; of a copy, whether its own is not."""
+    _overtaken: bool = False
+    """Whether it has lost its place in the order of acknowledgements; of copies, the original knows."""
+    _code: int = 0
+    """With which it is acknowledged; of copies, the original knows."""
+    _reader: Reader | None = None
+
+    @property
+    def properties(self) -> PublishProperties:
+        """The MQTT 5 properties [MQTT-3.3.2.3]; they are decoded when they are first asked for."""
+        found = self._properties
+        return found if isinstance(found, PublishProperties) else found.decode()
+
+    def ack(self) -> bool:
+        """Acknowledge it now, whatever ``acknowledge`` its subscription has; what would do it later does nothing then.
+
+        Never blocks. If several subscriptions match it, this is the word of one of them, and the last one's sends
+        PUBACK or PUBREC; its turn may come later, see ``DriverConfig.ack_patience``.
+
+        True if this call did it, and always with QoS 0, where there is nothing to do. False if it was done before,
+        and, counted in ``stale_acknowledgements``, if the connection that brought it is over.
+        """
+        return self._done()
+
+    def refuse(self, reason_code: ReasonCode) -> bool:
+        """Acknowledge it now as ``ack()`` does, with a ``reason_code`` that says why it was not taken: 0x80, 0x83,
+        0x87, 0x90, 0x91, 0x97 or 0x99 [MQTT-3.4.2.1]. The broker does not send it again.
+
+        If several subscriptions match it, the first refusal is the one that is sent. MQTT 3.1.1 has no reason codes:
+        there it is acknowledged without, and the log has a warning, once per connection.
+
+        Returns what ``ack()`` returns, but False with QoS 0, where nobody can be told. Raises ``ValueError`` for
+        another code.
+        """
+        if reason_code not in _REFUSALS:
+            allowed = ", ".join(f"0x{code:02x}" for code in _REFUSALS)
+            raise ValueError(f"reason_code is {reason_code!r}, allowed are {allowed}")
+        if not self.qos or not self._open:
+            return False
+        original = self._original or self
+        original._code = original._code or int(reason_code)
+        reader = self._reader
+        taken = self._done()
+        if taken and reader is not None:
+            reader.refused()
+        return taken
 
     @property
     def _stale(self) -> bool:
         """Whether nobody can acknowledge it any more, since the connection that it came from is over."""
-        return self._source is not None and not self._source.keeps(self)
+        return self._source is not None and not self._source.keeps(self._original or self)
 
-    def _for_one_of(self, pending: list[int]) -> Message[T]:
+    @property
+    def _owed(self) -> bool:
+        """Whether it has to be acknowledged, and still can be."""
+        return self.qos > 0 and self._open > 0 and self._source is not None and not self._stale
+
+    @property
+    def _holds_up(self) -> bool:
+        """Whether it is not done with and was overtaken: what queues behind it will be, too."""
+        return self._open > 0 and (self._original or self)._overtaken
+
+    def _for_one_of(self) -> Message[T]:
         """A copy for one of several subscriptions, each with a value of its own."""
         return Message(
             self.topic,
@@ -203,28 +318,35 @@ class Message(Generic[T]):
             self.qos,
             self.retain,
             self.dup,
-            self.properties,
+            self._properties,
             self.packet_id,
             self.generation,
             self.replayed,
             self.value,
             self._source,
-            pending,
+            self if self.qos else None,
         )
 
-    def _done(self) -> None:
+    def _done(self) -> bool:
         """One subscription is done with it; the last one acknowledges it on the connection that it came from.
 
-        It forgets that connection, since an application may keep a message for as long as it likes.
+        It forgets that connection, since an application may keep a message for as long as it likes. Returns what
+        ``ack()`` returns.
         """
         source, self._source = self._source, None
-        if not self.qos or source is None:
-            return
-        if self._pending is not None:
-            self._pending[0] -= 1
-            if self._pending[0]:
-                return
-        source.acknowledge(self)
+        if not self.qos:
+            return True
+        self._reader = None
+        if not self._open:
+            return False
+        self._open = 0
+        if source is None:
+            return False
+        original, self._original = self._original, None
+        if original is None:
+            return source.acknowledge(self)
+        original._open -= 1
+        return source.keeps(original) if original._open else source.acknowledge(original)
 
     def __repr__(self) -> str:
         payload = self.payload if len(self.payload) <= 64 else self.payload[:61] + b"..."
@@ -243,6 +365,10 @@ class PublishResult:
     """How many connections it was sent on; 1 unless the link was lost meanwhile."""
     latency: float
     """Seconds from the call to the acknowledgement."""
+    queued: bool = False
+    """The link is down, and the message is in the outbox: accepted, not acknowledged (``offline="queue"`` and
+    ``"latest"`` only; with the latter, a newer one may have taken its place). Then ``reason_code`` is 0, ``generation`` that of the last link, and ``latency`` the time until
+    it was accepted."""
 
 
 @attrs.frozen(kw_only=True)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
 
 from ._properties import encode_text
-from ._types import UserProperties
+from ._types import OfflinePolicy, UserProperties
 
 
 def seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value) or value <= 0:
         raise ValueError(f"{attribute.name} is {value!r}, allowed are seconds > 0 (math.inf: no limit)")
+
+
+def positive(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value) or value <= 0:
+        raise ValueError(f"{attribute.name} is {value!r}, allowed are numbers > 0 (math.inf: no limit)")
 
 
 def number(minimum: float, *, above: bool = False) -> Callable[[object, attrs.Attribute[Any], object], None]:
@@ -91,3 +97,24 @@ def pairs(instance: object, attribute: attrs.Attribute[Any], value: tuple[tuple[
 
 def freeze(pairs: UserProperties) -> tuple[tuple[str, str], ...]:
     return tuple(pairs) if isinstance(pairs, Iterable) else pairs
+
+
+def offline_policy(value: OfflinePolicy | str) -> OfflinePolicy:
+    """The policy, by its name too."""
+    try:
+        return OfflinePolicy(value)
+    except ValueError:
+        words = ", ".join(repr(policy.value) for policy in OfflinePolicy)
+        raise ValueError(f"offline is {value!r}, allowed are {words}") from None
+
+
+def path(value: str | os.PathLike[str] | None) -> str | None:
+    """A path as text; what is none is left to the validator."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def optional_path(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{attribute.name} must be a str or a path, not {type(value).__name__}")
+    if value is not None and (not value or "\0" in value):
+        raise ValueError(f"{attribute.name} is {value!r}, allowed are paths of files")

@@ -1,0 +1,115 @@
+"""A message over which the broker ends each connection must not keep the driver from delivering the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from tests.peers import memory_config
+from trio_mqtt_driver import MQTTDriver, QuarantinedError
+from trio_mqtt_driver.testing import Direction, Kind, MemoryBroker
+
+settled = trio.testing.wait_all_tasks_blocked
+
+
+@pytest.fixture
+def broker(nursery: trio.Nursery) -> MemoryBroker:
+    return MemoryBroker(nursery)
+
+
+def arrived(broker: MemoryBroker) -> list[bytes]:
+    return [message.payload for message in broker.published if message.topic == "t"]
+
+
+@pytest.mark.parametrize("stable", [False, True])
+@pytest.mark.parametrize("qos", [1, 2])
+@pytest.mark.parametrize("reset", [False, True])
+async def test_a_message_that_ends_every_connection_is_given_up_and_the_next_ones_go_out(
+    autojump_clock: MockClock, broker: MemoryBroker, qos: int, stable: bool, reset: bool
+) -> None:
+    config = memory_config(broker, probe="ping", in_flight=1, stable_id=stable)
+    async with MQTTDriver(config) as driver:
+        broker.faults.cut(Kind.PUBLISH, times=5, direction=Direction.IN, before=True, reset=reset)
+        bad = driver.publish_nowait("t", b"bad", qos=qos)
+        good = [driver.publish_nowait("t", str(number), qos=qos) for number in range(3)]
+        with pytest.raises(QuarantinedError, match="'t' is not sent any more: the broker ended 5 connections"):
+            await bad.wait()
+        for receipt in good:
+            await receipt.wait()
+        counters = driver.status().counters
+        assert counters["quarantined"] == 1
+        # A session goes on before the test publish, so that the later ones are attempts that failed.
+        assert (counters["losses"], counters["failures"]) == ((1, 4) if stable else (5, 0))
+    assert arrived(broker) == [b"0", b"1", b"2"]
+    assert not broker.violations
+
+
+async def test_an_acknowledged_message_ahead_takes_no_blame_and_the_count_is_each_message_s_own(
+    autojump_clock: MockClock, broker: MemoryBroker
+) -> None:
+    """The bad one stands behind good ones, whose acknowledgements come in time."""
+    config = memory_config(broker, probe="ping", quarantine_after=2)
+    async with MQTTDriver(config) as driver:
+        broker.faults.cut(Kind.PUBLISH, first=3, times=1, direction=Direction.IN, before=True)
+        receipts = [driver.publish_nowait("t", str(number), qos=1) for number in range(4)]
+        await trio.sleep(1)
+        broker.faults.cut(Kind.PUBLISH, first=1, times=1, direction=Direction.IN, before=True)
+        driver.force_reconnect(even_if_live=True)
+        for receipt in receipts:
+            await receipt.wait()
+        assert driver.status().counters["quarantined"] == 0
+    assert sorted(arrived(broker)) == [b"0", b"1", b"2", b"3"]
+
+
+Fault = Callable[[MemoryBroker], object]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda broker: broker.disconnect(reason_code=0x8B),  # the server shuts down
+        lambda broker: broker.disconnect(reason_code=0x9F),  # connection rate exceeded
+        lambda broker: broker.silence(),
+    ],
+    ids=["shutting down", "too many connections", "half-open"],
+)
+async def test_a_link_that_is_lost_for_a_reason_of_its_own_blames_no_message(
+    autojump_clock: MockClock, broker: MemoryBroker, fault: Fault
+) -> None:
+    config = memory_config(broker, quarantine_after=1)
+    async with MQTTDriver(config) as driver:
+        for losses in range(1, 4):
+            with broker.faults.hold(Kind.PUBLISH, direction=Direction.IN):
+                receipt = driver.publish_nowait("t", str(losses), qos=1)
+                await settled()
+                fault(broker)
+                await trio.sleep(20)
+            await receipt.wait()
+        assert driver.status().counters["losses"] >= 3
+        assert driver.status().counters["quarantined"] == 0
+
+
+async def test_a_disconnect_that_names_a_fault_of_ours_blames_the_message(
+    autojump_clock: MockClock, broker: MemoryBroker
+) -> None:
+    async with MQTTDriver(memory_config(broker, quarantine_after=1)) as driver:
+        with broker.faults.hold(Kind.PUBLISH, direction=Direction.IN):
+            receipt = driver.publish_nowait("t", b"x", qos=1)
+            await settled()
+            broker.disconnect(reason_code=0x99)  # payload format invalid
+            with pytest.raises(QuarantinedError, match="payload format invalid"):
+                await receipt.wait()
+
+
+async def test_it_can_be_switched_off(autojump_clock: MockClock, broker: MemoryBroker) -> None:
+    config = memory_config(broker, probe="ping", quarantine_after=0)
+    async with MQTTDriver(config) as driver:
+        broker.faults.cut(Kind.PUBLISH, times=20, direction=Direction.IN, before=True)
+        receipt = driver.publish_nowait("t", b"x", qos=1)
+        result = await receipt.wait()
+        assert result.attempts == 21
+    assert arrived(broker) == [b"x"]
