@@ -29,8 +29,8 @@ LAYERS = (
     ),
     names("_packets _paho _transport"),
     names(
-        "_connection _handshake _probe _replay _replies _inflight _incoming _limits _registry _outgoing _outbox _inbox _writer"
-        " _deadlines _copies _session _sender _attempts _versions _store _outbox_file _aliases"
+        "_connection _handshake _probe _replay _replies _inflight _incoming _limits _registry _outgoing _outbox _inbox"
+        " _writer _deadlines _copies _session _sender _attempts _versions _store _outbox_file _aliases"
     ),
     names("_dispatch _subscription _arguments _failover _availability _dialer"),
     names("_supervisor"),

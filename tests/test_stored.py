@@ -6,6 +6,7 @@ import resource
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ async def test_cancelling_a_queued_publish_at_any_point_keeps_it_at_most_once(
         for number in range(6):
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(lambda n=number: driver.publish("t", b"%d" % n, qos=1))
+                    nursery.start_soon(partial(driver.publish, "t", b"%d" % number, qos=1))
                     for _ in range(number):
                         await trio.lowlevel.checkpoint()
                     scope.cancel()

@@ -307,7 +307,7 @@ class DriverConfig:
     """How many unacknowledged QoS 1 and 2 messages this client takes at a time."""
     receive_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 2**40))
     """Bytes of payload of unacknowledged QoS 1 and 2 messages above which reading pauses."""
-    ack_patience: float = attrs.field(default=1.0, validator=seconds)
+    ack_patience: float = attrs.field(default=0.5, validator=seconds)
     """Acknowledgements go out in the order of arrival [MQTT-4.6.0-2]. One that is due waits so long for those before
     it, whose handlers have not finished; then these lose their place. ``math.inf`` keeps to the order for ever."""
     maximum_packet_size: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 268_435_455))

@@ -1,10 +1,11 @@
 """The broker's QoS 1 and 2 exchanges that are open on a connection, and the order of their acknowledgements. No I/O.
 
 PUBACKs must go out in the order of their PUBLISHes, and PUBRECs as well [MQTT-4.6.0-2, -3], whatever subscriptions the
-messages are for and however long their handlers take. To keep to that without end would let one handler that sleeps
-hold back the acknowledgements of everybody, until the broker's window is full and nothing comes any more. So there is
-an order with a limit: an acknowledgement that is due waits for its turn for ``patience`` seconds; then those before it
-that are not processed are *overtaken*: they lose their place, and are acknowledged whenever they are done.
+messages are for and however long their handlers take; some brokers want one order over both. To keep to that without
+end would let one handler that sleeps hold back the acknowledgements of everybody, until the broker's window is full
+and nothing comes any more. So there is an order with a limit: an acknowledgement that is due waits for its turn for
+``patience`` seconds; then those before it that are not processed are *overtaken*: they lose their place, and are
+acknowledged whenever they are done.
 """
 
 # A message keeps for its connection what a table here would cost time to look up.
@@ -27,7 +28,7 @@ _PASSED_BYTES = 1024 * 1024
 
 
 class _Line:
-    """Messages of one QoS in the order in which they came. The first one is not processed; what was overtaken is
+    """Messages of QoS 1 and 2 in the order in which they came. The first one is not processed; what was overtaken is
     passed over, and let go of before it is more than half of the line, or a mebibyte of payload."""
 
     def __init__(self) -> None:
@@ -104,8 +105,7 @@ class IncomingWindow:
         self._owed: dict[int, Message[Any]] = {}
         """Those of QoS 2 for which PUBREC is to be sent; the others of ``_qos2`` wait for the broker's PUBREL."""
         self._bytes = 0
-        self._line1 = _Line()
-        self._line2 = _Line()
+        self._line = _Line()
         self.overtakes = False
         """Whether any message has been overtaken yet."""
 
@@ -125,16 +125,14 @@ class IncomingWindow:
     @property
     def look_at(self) -> float:
         """When the first acknowledgement has waited for its turn long enough; infinite if none waits."""
-        if not self._line1.due and not self._line2.due:
-            return math.inf
-        return self._patience + min(next(iter(line.due.values()), math.inf) for line in (self._line1, self._line2))
+        return self._patience + next(iter(self._line.due.values()), math.inf)
 
     def publish(self, message: Message[Any]) -> tuple[bool, bytes]:
         """Take a QoS 1 or 2 PUBLISH: whether it is new, and what to answer at once."""
         if message.qos == 1:
             self._qos1 += 1
             self._bytes += len(message.payload)
-            self._line1.messages.append(message)
+            self._line.messages.append(message)
             return True, b""
         packet_id = message.packet_id
         known = self._received.get(packet_id)
@@ -157,8 +155,8 @@ class IncomingWindow:
         self._owed[packet_id] = message
         self._bytes += len(message.payload)
         if not message._overtaken:
-            self._line2.messages.append(message)
-        return known is None, self._answers(self._line2)
+            self._line.messages.append(message)
+        return known is None, self._answers()
 
     def keeps(self, message: Message[Any]) -> bool:
         """Whether the session still knows a QoS 2 message that this connection brought."""
@@ -168,49 +166,46 @@ class IncomingWindow:
     def acknowledge(self, message: Message[Any]) -> bytes:
         """The message was processed: the acknowledgements to send now, in order. If it is not its turn there is none,
         and ``wait`` must follow."""
-        if message.qos == 1:
-            line = self._line1
-        else:
+        if message.qos == 2:
             # The present connection may not have brought it yet: then there is nothing to send.
             received = self._received[message.packet_id]
             received.message, received.code = None, message._code
             if message.packet_id not in self._owed:
                 return b""
-            line = self._line2
         if message._overtaken:
             return self._answer(message)
+        line = self._line
         messages = line.messages
         if messages[0] is not message:
             return b""
         messages.popleft()
         answer = self._answer(message)
         # Only if it waits: most often the next one is being processed.
-        return answer + self._answers(line) if line.due or line.passed else answer
+        return answer + self._answers() if line.due or line.passed else answer
 
     def wait(self, message: Message[Any], now: float) -> None:
         """A message that is processed waits for its turn from ``now`` on, if it has a place in the line at all."""
         if message.qos == 1 or self._owed.get(message.packet_id) is message:
-            (self._line1 if message.qos == 1 else self._line2).due[message] = now
+            self._line.due[message] = now
 
     def overtake(self, message: Message[Any]) -> bytes:
         """Give up a message's place: it queues behind one that was overtaken. Returns what is to be sent now."""
-        line = self._line1 if message.qos == 1 else self._line2
         if not message._overtaken:
-            line.pass_over(message)
-        return self._answers(line)
+            self._line.pass_over(message)
+        return self._answers()
 
     def overtake_late(self, now: float) -> bytes:
         """Have those overtaken that hold up others for too long. Returns what is to be sent now."""
         answers = b""
-        for line in (self._line1, self._line2):
-            while line.due:
-                message, since = next(iter(line.due.items()))
-                if since + self._patience > now:
-                    break
-                del line.due[message]
-                line.pass_over_before(message)
-                self.overtakes = True
-                answers += self._answers(line)
+        line = self._line
+        while line.due:
+            message, since = next(iter(line.due.items()))
+            if since + self._patience > now:
+                break
+            del line.due[message]
+            line.pass_over_before(message)
+            self.overtakes = True
+            answers += self._answers()
         return answers
 
     def forget(self, messages: Iterable[Message[Any]]) -> bytes:
@@ -231,11 +226,11 @@ class IncomingWindow:
 
     def end(self) -> None:
         """The connection is over, and its messages may be kept for long: they must not keep each other."""
-        self._line1, self._line2 = _Line(), _Line()
+        self._line = _Line()
         self._owed.clear()
 
-    def _answers(self, line: _Line) -> bytes:
-        return b"".join([self._answer(message) for message in line.take_due()])
+    def _answers(self) -> bytes:
+        return b"".join([self._answer(message) for message in self._line.take_due()])
 
     def _answer(self, message: Message[Any]) -> bytes:
         self._bytes -= len(message.payload)

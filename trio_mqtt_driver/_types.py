@@ -367,8 +367,8 @@ class PublishResult:
     """Seconds from the call to the acknowledgement."""
     queued: bool = False
     """The link is down, and the message is in the outbox: accepted, not acknowledged (``offline="queue"`` and
-    ``"latest"`` only; with the latter, a newer one may have taken its place). Then ``reason_code`` is 0, ``generation`` that of the last link, and ``latency`` the time until
-    it was accepted."""
+    ``"latest"`` only; with the latter, a newer one may have taken its place). Then ``reason_code`` is 0,
+    ``generation`` that of the last link, and ``latency`` the time until it was accepted."""
 
 
 @attrs.frozen(kw_only=True)

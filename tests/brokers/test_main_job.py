@@ -14,7 +14,7 @@ from trio_mqtt_driver.testing import FaultProxy, Mosquitto
 pytestmark = pytest.mark.broker
 
 
-# iotcore wants PUBACK and PUBREC in one order, and ends the connection; MQTT wants one order for each.
+# iotcore sends every message with the QoS of the subscription.
 @every_ground_but("iotcore-5")
 @pytest.mark.smoke
 async def test_messages_go_both_ways_at_every_qos(ground: Ground) -> None:

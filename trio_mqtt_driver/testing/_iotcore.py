@@ -51,7 +51,7 @@ class Iotcore(BrokerProcess):
     come with the QoS of the subscription, also if they were published with less; Session Expiry Interval, Receive
     Maximum, Maximum Packet Size, No Local, Retain As Published and Retain Handling are not heeded; a Keep Alive of 0
     and a wrong password end the connection without a CONNACK, and so do acknowledgements in another order than that of
-    the messages, QoS 1 and 2 together: subscribe with one of the two, and ``ack_patience=math.inf``. All of its state
+    the messages, QoS 1 and 2 together: with slow handlers, set ``ack_patience=math.inf``. All of its state
     is in memory. It does not enforce client certificates, and one TLS handshake that is not finished holds up all that
     come after.
     """
