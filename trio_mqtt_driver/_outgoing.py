@@ -175,7 +175,8 @@ class Receipt:
     async def wait(self) -> PublishResult:
         """Wait for the QoS guarantee to be met, and return how; any number of tasks may wait.
 
-        Cancelling the wait does not cancel the delivery. Raises ``PublishRefusedError``, ``ServerLimitError``, or
-        ``MessageLostError`` if the driver was left first.
+        Cancelling the wait does not cancel the delivery. Raises a `PublishError`: refused, expired, superseded,
+        dropped, quarantined, or lost because the driver was left first; ``ServerLimitError``; and, if it was published
+        with ``offline="fail"``, ``NotConnectedError``.
         """
         return await self._outgoing.wait()
