@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYRIGHT := PATH="$(abspath $(BIN)):$$PATH" pyright
 CODE := trio_mqtt_driver tests examples docs/conf.py docs/state_diagram.py
 
-.PHONY: demo test coverage lint format types docs clean
+.PHONY: demo test coverage bench lint format types docs clean
 
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ test: $(VENV)/.test
 coverage:
 	$(MAKE) test COVERAGE='-m coverage run'
 	$(BIN)/python -m coverage report
+
+# Takes about an hour; ARGS=--quick for a look, ARGS=--help for the rest. docs/performance.md tells what it measures.
+bench: $(VENV)/.test
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check $(CODE)

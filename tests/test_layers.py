@@ -25,7 +25,7 @@ LAYERS = (
     names("_errors _types _topics"),
     names(
         "_config _validators _properties _url _tls _client_id _backoff _endpoints _codecs _callbacks _edges _history"
-        " _events _states _status"
+        " _events _states _status _turns"
     ),
     names("_packets _paho _transport"),
     names(

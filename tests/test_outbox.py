@@ -10,6 +10,7 @@ from trio_mqtt_driver import MessageLostError, OutboxFullError, Receipt
 from trio_mqtt_driver._history import Counters
 from trio_mqtt_driver._outbox import Outbox
 from trio_mqtt_driver._outgoing import Outgoing, wait_settled
+from trio_mqtt_driver._turns import Turns
 from trio_mqtt_driver._types import PublishResult, ReasonCode
 
 RESULT = PublishResult(reason_code=ReasonCode.SUCCESS, generation=1, attempts=1, latency=0.5)
@@ -197,7 +198,7 @@ async def test_a_failure_is_raised_to_whoever_waits() -> None:
 
 async def test_a_receipt_tells_what_became_of_its_message() -> None:
     message = outgoing("a/b")
-    receipt = Receipt(message)
+    receipt = Receipt(message, Turns())
     assert not receipt.done
     assert repr(receipt) == "<Receipt 'a/b' qos=1 waiting>"
     message.settle(RESULT)
@@ -206,7 +207,7 @@ async def test_a_receipt_tells_what_became_of_its_message() -> None:
     assert repr(receipt) == "<Receipt 'a/b' qos=1 acknowledged>"
     lost = outgoing()
     lost.settle(MessageLostError("gone"))
-    assert repr(Receipt(lost)) == "<Receipt 'a' qos=1 failed>"
+    assert repr(Receipt(lost, Turns())) == "<Receipt 'a' qos=1 failed>"
 
 
 async def test_wait_settled_returns_when_all_have_an_outcome() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
@@ -10,7 +10,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.peers import memory_config
-from trio_mqtt_driver import MQTTDriver, QuarantinedError
+from trio_mqtt_driver import Endpoint, MQTTDriver, QuarantinedError
 from trio_mqtt_driver.testing import Direction, Kind, MemoryBroker
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -19,6 +19,38 @@ settled = trio.testing.wait_all_tasks_blocked
 @pytest.fixture
 def broker(nursery: trio.Nursery) -> MemoryBroker:
     return MemoryBroker(nursery)
+
+
+class PoisonedStream(trio.abc.Stream):
+    """Ends instead of carrying a piece with "poison" in it."""
+
+    def __init__(self, inner: trio.abc.Stream) -> None:
+        self._inner = inner
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if b"poison" in bytes(data):
+            await self._inner.aclose()
+        else:
+            await self._inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._inner.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        try:
+            return await self._inner.receive_some(max_bytes)
+        except trio.ClosedResourceError:
+            return b""  # as a driver sees a broker that closes
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+def poisoned(broker: MemoryBroker) -> Callable[[Endpoint], Awaitable[trio.abc.Stream]]:
+    async def open_stream(_endpoint: Endpoint) -> trio.abc.Stream:
+        return PoisonedStream(await broker.connect_stream())
+
+    return open_stream
 
 
 def arrived(broker: MemoryBroker) -> list[bytes]:
@@ -46,6 +78,29 @@ async def test_a_message_that_ends_every_connection_is_given_up_and_the_next_one
         assert (counters["losses"], counters["failures"]) == ((1, 4) if stable else (5, 0))
     assert arrived(broker) == [b"0", b"1", b"2"]
     assert not broker.violations
+
+
+@pytest.mark.parametrize("stable", [False, True])
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_of_several_that_were_sent_together_only_the_guilty_one_is_given_up(
+    autojump_clock: MockClock, broker: MemoryBroker, qos: int, stable: bool
+) -> None:
+    """The broker dies of what comes in one piece, before it has acknowledged what stands before the bad message."""
+    config = memory_config(broker, probe="ping", quarantine_after=3, stable_id=stable, open_stream=poisoned(broker))
+    async with MQTTDriver(config) as driver:
+        names = ["0", "1", "2", "poison", "3", "4"]
+        receipts = {name: driver.publish_nowait("t", name, qos=qos) for name in names}
+        for name, receipt in receipts.items():
+            if name == "poison":
+                with pytest.raises(QuarantinedError):
+                    await receipt.wait()
+            else:
+                await receipt.wait()
+        late = [driver.publish_nowait("t", str(number), qos=qos) for number in (5, 6, 7)]
+        for receipt in late:
+            await receipt.wait()
+        assert driver.status().counters["quarantined"] == 1
+    assert arrived(broker) == [b"%d" % number for number in range(8)]
 
 
 async def test_an_acknowledged_message_ahead_takes_no_blame_and_the_count_is_each_message_s_own(

@@ -90,18 +90,22 @@ def make_outgoing(
     properties: PublishArguments,
 ) -> Outgoing:
     """The message that a call of ``publish()`` asks for. Raises ``ValueError`` or ``TypeError``."""
-    if isinstance(qos, bool) or qos not in (0, 1, 2):
+    if qos not in (0, 1, 2) or isinstance(qos, bool):
         raise ValueError(f"qos is {qos!r}, allowed are 0, 1, 2")
     if not isinstance(retain, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"retain must be bool, not {type(retain).__name__}")
-    if priority and (not isinstance(priority, int) or not -10 <= priority <= 10):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if priority != 0 and (
+        not isinstance(priority, int)  # pyright: ignore[reportUnnecessaryIsInstance]
+        or isinstance(priority, bool)
+        or not -10 <= priority <= 10
+    ):
         raise ValueError(f"priority is {priority!r}, allowed are whole numbers from -10 to 10")
-    check_names("publish", properties, PublishArguments)
     raw_topic = check_topic(topic)
     raw_payload = encode_payload(payload)
     expiry = None
     block = b"\0"
     if properties:
+        check_names("publish", properties, PublishArguments)
         values = _frozen(properties)
         expiry = values.pop("message_expiry", None)
         if expiry is not None:
@@ -110,7 +114,10 @@ def make_outgoing(
         if values.get("payload_format") == PayloadFormat.UTF8:
             check_utf8(raw_payload)
     if len(raw_topic) + len(raw_payload) + len(block) + 12 > MAXIMUM_MESSAGE:
-        raise ValueError(f"payload has {len(raw_payload)} bytes, allowed are about {MAXIMUM_MESSAGE} [MQTT-1.5.5]")
+        size = len(raw_topic) + len(raw_payload) + len(block)
+        raise ValueError(
+            f"topic, payload and properties have {size} bytes, allowed are about {MAXIMUM_MESSAGE} [MQTT-1.5.5]"
+        )
     return Outgoing(
         topic, raw_topic, raw_payload, int(qos), retain, block, trio.current_time(), expiry, int(priority), offline
     )

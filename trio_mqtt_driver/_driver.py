@@ -105,7 +105,7 @@ class MQTTDriver:
             rng=rng or random.Random(),
             on_terminal=self._lifespan.fail,
         )
-        self._publisher = Publisher(self._supervisor, self._outbox, self._check_open)
+        self._publisher = Publisher(self._supervisor, self._outbox, self._history.counters, self._check_open)
         self._dispatching = trio.Event()
         self._entered = False
         self._left = False
@@ -133,7 +133,7 @@ class MQTTDriver:
     async def _live(self) -> AsyncGenerator[None, None]:
         try:
             async with (
-                self._publisher.stored(self.config, self._history.counters),
+                self._publisher.stored(self.config),
                 self._lifespan.around(self._run, ready=self._ready, stop=self._stop),
             ):
                 yield
@@ -183,7 +183,7 @@ class MQTTDriver:
                 await wait_settled(self._supervisor.undelivered)
         out, here = len(self.undelivered), self._dispatcher.unprocessed
         if out or here:
-            kept = f" (kept in {config.outbox_path})" if out and config.outbox_path else ""
+            kept = f" (kept in {self._publisher.path})" if out and self._publisher.path else ""
             text = f"left behind: {out} published and not acknowledged{kept}, {here} received and not processed"
             self._supervisor.note("left behind", text, logging.WARNING)
         with trio.move_on_after(config.disconnect_timeout):
@@ -451,7 +451,8 @@ class MQTTDriver:
 
         After ``pause()`` they hold when the pause ends, and do not end it.
 
-        The bounds of outbox, history and subscriptions and ``on_handler_error`` stay as they were at the start.
+        The outbox (its bounds, ``outbox_full``, ``outbox_path``), the bounds of history and subscriptions and
+        ``on_handler_error`` stay as they were at the start.
         Raises ``DriverClosedError``.
         """
         if not isinstance(config, DriverConfig):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -158,7 +158,10 @@ class MessageLostError(PublishError):
 
 
 class OutboxFullError(PublishError):
-    """The bounds of the outbox (``outbox_messages``, ``outbox_bytes``) are reached; use ``publish()``, which waits."""
+    """The bounds of the outbox (``outbox_messages``, ``outbox_bytes``) are reached.
+
+    ``publish()`` waits instead, unless ``outbox_full`` says otherwise.
+    """
 
 
 class OutboxFileError(MQTTDriverError):

@@ -120,6 +120,10 @@ class Counters:
 
     expired: int = 0
     """Messages given up in the outbox because their ``message_expiry`` had passed."""
+    overdue: int = 0
+    """Messages given up because ``publish_timeout`` had passed."""
+    refused: int = 0
+    """Messages that the broker refused, or ruled out in its CONNACK after they were accepted."""
     superseded: int = 0
     """Messages given up in the outbox for a newer one of their topic (``offline="latest"``)."""
     outbox_waits: int = 0

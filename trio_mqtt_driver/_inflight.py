@@ -121,6 +121,23 @@ class OutgoingWindow:
         first = next(iter(self._sent.items()), None)
         return first if first is not None and first[1].sent_at < math.inf else None
 
+    @property
+    def on_the_wire(self) -> int:
+        """How many were sent on this connection and are not acknowledged."""
+        return len(self) - len(self._unsent)
+
+    @property
+    def next_unsent(self) -> Outgoing:
+        """What ``take_unsent`` takes."""
+        packet_id = next(iter(self._unsent))
+        return self._released.get(packet_id) or self._sent[packet_id]
+
+    def suspect_all(self) -> None:
+        """Any of those that were sent on this connection may be why it has ended."""
+        for outgoing in self._sent.values():
+            if outgoing.sent_at < math.inf:
+                outgoing.suspected = True
+
     def take_unsent(self) -> tuple[int, Outgoing, bool]:
         """The next exchange to take up: its identifier, its message, and whether it goes on with PUBREL instead of
         PUBLISH."""

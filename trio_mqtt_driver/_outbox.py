@@ -84,8 +84,7 @@ class Outbox:
 
     def _has_room(self, outgoing: Outgoing) -> bool:
         count, size = self.accepted + 1, self.accepted_bytes + outgoing.size
-        older = self._superseded_by(outgoing)
-        if older is not None:
+        if self._latest and (older := self._superseded_by(outgoing)) is not None:
             count, size = count - 1, size - older.size
         # One message is always let in: else a message larger than the bound would wait for ever.
         return count <= 1 or (count <= self._max_messages and size <= self._max_bytes)
@@ -120,9 +119,10 @@ class Outbox:
             self._make_room(outgoing)
         if not self._has_room(outgoing):
             self._counters.outbox_refused += 1
+            nothing = "" if self._when_full != "drop_oldest" else "; nothing waits that could be dropped for it"
             raise OutboxFullError(
                 f"the outbox is full: {self.accepted} messages, {self.accepted_bytes} bytes; "
-                f"outbox_messages={self._max_messages}, outbox_bytes={self._max_bytes}"
+                f"outbox_messages={self._max_messages}, outbox_bytes={self._max_bytes}{nothing}"
             )
         older = self._superseded_by(outgoing)
         if older is not None:
@@ -132,6 +132,15 @@ class Outbox:
             self._store.add(outgoing)
         if outgoing.expiry is not None:
             self._expire_later(outgoing)
+
+    def admit(self, outgoing: Outgoing) -> bool:
+        """Take a message in that is sent at once: if there is room, and nothing waits before it."""
+        if self._waiting or not self._has_room(outgoing):
+            return False
+        self._count(outgoing)
+        if self._store is not None:
+            self._store.add(outgoing)
+        return True
 
     def _make_room(self, outgoing: Outgoing) -> None:
         """Drop what waits, the lowest priority and then the oldest first, but nothing of a higher one."""
@@ -151,10 +160,13 @@ class Outbox:
         self._counters.superseded += 1
         older.settle(SupersededError(f"a newer message to {older.topic!r} took its place in the outbox"))
 
-    def _enter(self, outgoing: Outgoing) -> None:
+    def _count(self, outgoing: Outgoing) -> None:
         self.accepted += 1
         self.accepted_bytes += outgoing.size
         outgoing.on_settled = self._settled
+
+    def _enter(self, outgoing: Outgoing) -> None:
+        self._count(outgoing)
         self._lane(outgoing.priority).append(outgoing)
         self._queued(outgoing)
 
@@ -218,7 +230,7 @@ class Outbox:
     def _left(self, outgoing: Outgoing) -> None:
         self._waiting -= 1
         self._waiting_qos0 -= outgoing.qos == 0
-        if self._latest.get(outgoing.raw_topic) is outgoing:
+        if self._latest and self._latest.get(outgoing.raw_topic) is outgoing:
             del self._latest[outgoing.raw_topic]
 
     def waiting(self) -> list[Outgoing]:
@@ -310,4 +322,4 @@ class Outbox:
 
 
 def expired_text(outgoing: Outgoing) -> str:
-    return f"{outgoing.topic!r} was not acknowledged within message_expiry={outgoing.expiry} s"
+    return f"{outgoing.topic!r} was not acknowledged within message_expiry={outgoing.expiry} s; {outgoing.sent_text}"

@@ -282,6 +282,8 @@ def _look(path: Path) -> sqlite3.Connection:
     """A connection that leaves the file and its log as they are."""
     if path.is_dir():
         raise OutboxFileError(f"the outbox file {os.fspath(path)!r} is a directory")
+    if path.exists() and not path.is_file():  # to open a FIFO would block for ever
+        raise OutboxFileError(f"the outbox file {os.fspath(path)!r} is no regular file")
     # Without a log the file is all there is, and nobody uses it. "immutable" then keeps SQLite from making files
     # beside it, and from rolling back the journal of another program's database.
     immutable = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"

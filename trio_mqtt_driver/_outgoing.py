@@ -10,7 +10,8 @@ import trio
 
 from ._errors import MessageLostError, NotConnectedError
 from ._properties import decode_publish_block
-from ._types import Diagnosis, OfflinePolicy, PublishProperties, PublishResult
+from ._turns import Turns
+from ._types import Diagnosis, OfflinePolicy, PublishProperties, PublishResult, ReasonCode
 
 _OVERHEAD = 200
 """Bytes that an accepted message costs besides its topic, payload and properties, roughly."""
@@ -46,10 +47,14 @@ class Outgoing:
     """Whether the link was lost, so that whoever does not want to wait for the next one need not."""
     blamed: int = 0
     """On how many connections in a row it was the next to be acknowledged when the broker ended them."""
-    result: PublishResult | None = None
+    suspected: bool = False
+    """Whether it must be sent alone, since connections have ended over it or one that was sent with it."""
+    done: bool = False
     error: Exception | None = None
     on_settled: Callable[[Outgoing], None] | None = None
+    _outcome: PublishResult | tuple[ReasonCode, int, float] | None = None
     _event: trio.Event | None = None
+    _size: int = 0
 
     @property
     def expires_at(self) -> float:
@@ -57,8 +62,9 @@ class Outgoing:
         return math.inf if self.expiry is None else self.accepted_at + self.expiry
 
     @property
-    def done(self) -> bool:
-        return self.result is not None or self.error is not None
+    def sent_text(self) -> str:
+        """For errors: whether it may have arrived."""
+        return "it was sent, and may have arrived" if self.attempts else "it was never sent"
 
     @property
     def left_behind(self) -> bool:
@@ -68,7 +74,9 @@ class Outgoing:
     @property
     def size(self) -> int:
         """Bytes that it counts for in the outbox."""
-        return len(self.raw_topic) + len(self.payload) + len(self.properties) + _OVERHEAD
+        if not self._size:
+            self._size = len(self.raw_topic) + len(self.payload) + len(self.properties) + _OVERHEAD
+        return self._size
 
     def undelivered(self) -> Undelivered:
         return Undelivered(
@@ -115,10 +123,26 @@ class Outgoing:
 
     async def wait(self) -> PublishResult:
         await self.settled()
+        return self.result()
+
+    def result(self) -> PublishResult:
+        """What came of it; raises if that is an error. Only when it is ``done``."""
         if self.error is not None:
             raise self.error
-        assert self.result is not None
-        return self.result
+        outcome = self._outcome
+        assert outcome is not None
+        if isinstance(outcome, tuple):  # most outcomes nobody asks for, and an attrs value costs as much as a packet
+            code, generation, at = outcome
+            outcome = self._outcome = PublishResult(
+                reason_code=code, generation=generation, attempts=self.attempts, latency=at - self.accepted_at
+            )
+        return outcome
+
+    def acknowledged(self, code: ReasonCode, generation: int, at: float) -> None:
+        """The guarantee of its QoS is met."""
+        if not self.done:
+            self._outcome = (code, generation, at)
+            self._settled()
 
     def settle(self, outcome: PublishResult | Exception) -> None:
         """The first outcome counts."""
@@ -127,7 +151,11 @@ class Outgoing:
         if isinstance(outcome, Exception):
             self.error = outcome
         else:
-            self.result = outcome
+            self._outcome = outcome
+        self._settled()
+
+    def _settled(self) -> None:
+        self.done = True
         self._changed()
         if self.on_settled is not None:
             self.on_settled(self)
@@ -159,8 +187,11 @@ async def wait_settled(messages: Iterable[Outgoing]) -> None:
 class Receipt:
     """What became, or will become, of one ``publish_nowait()``."""
 
-    def __init__(self, outgoing: Outgoing) -> None:
+    __slots__ = ("_outgoing", "_turns")
+
+    def __init__(self, outgoing: Outgoing, turns: Turns) -> None:
         self._outgoing = outgoing
+        self._turns = turns
 
     def __repr__(self) -> str:
         outgoing = self._outgoing
@@ -179,4 +210,7 @@ class Receipt:
         dropped, quarantined, or lost because the driver was left first; ``ServerLimitError``; and, if it was published
         with ``offline="fail"``, ``NotConnectedError``.
         """
-        return await self._outgoing.wait()
+        if not self._outgoing.done:
+            return await self._outgoing.wait()
+        await self._turns.take()
+        return self._outgoing.result()

@@ -295,19 +295,20 @@ def encode_publish(
     properties: bytes | None = None,
 ) -> bytes:
     """A PUBLISH packet. ``properties`` is a whole property block for MQTT 5 and None for 3.1.1."""
-    length = 2 + len(topic) + len(payload) + (2 if qos else 0) + (len(properties) if properties is not None else 0)
+    block = b"" if properties is None else properties
+    size = len(topic)
+    length = 2 + size + len(payload) + len(block) + (2 if qos else 0)
     first = 0x30 | (8 if dup else 0) | qos << 1 | (1 if retain else 0)
-    return b"".join(
-        (
-            bytes((first,)),
-            encode_varint(length),
-            len(topic).to_bytes(2, "big"),
-            topic,
-            packet_id.to_bytes(2, "big") if qos else b"",
-            properties or b"",
-            payload,
-        )
-    )
+    # Formatting is the quickest way to put bytes together.
+    if qos:
+        ids = packet_id >> 8, packet_id & 255
+        if length < 128:
+            return b"%c%c%c%c%b%c%c%b%b" % (first, length, size >> 8, size & 255, topic, *ids, block, payload)
+        head = encode_varint(length)
+        return b"%c%b%c%c%b%c%c%b%b" % (first, head, size >> 8, size & 255, topic, *ids, block, payload)
+    if length < 128:
+        return b"%c%c%c%c%b%b%b" % (first, length, size >> 8, size & 255, topic, block, payload)
+    return b"%c%b%c%c%b%b%b" % (first, encode_varint(length), size >> 8, size & 255, topic, block, payload)
 
 
 def encode_ack(first: int, packet_id: int, code: int = 0) -> bytes:

@@ -13,6 +13,7 @@ from ._errors import (
     DriverClosedError,
     MessageExpiredError,
     MessageLostError,
+    OutboxFileError,
     PublishTimeoutError,
     SupersededError,
 )
@@ -22,27 +23,35 @@ from ._outbox import Outbox, expired_text
 from ._outgoing import Outgoing, Receipt
 from ._store import Store
 from ._supervisor import Supervisor
+from ._turns import Turns
 from ._types import OfflinePolicy, PublishResult, ReasonCode, State
 
 
 class Publisher:
     """Hands messages over, and waits for what becomes of them. ``check_open`` raises ``DriverClosedError``."""
 
-    def __init__(self, supervisor: Supervisor, outbox: Outbox, check_open: Callable[[], None]) -> None:
+    def __init__(
+        self, supervisor: Supervisor, outbox: Outbox, counters: Counters, check_open: Callable[[], None]
+    ) -> None:
         self._supervisor = supervisor
         self._outbox = outbox
+        self._counters = counters
+        self.path: str | None = None
+        """Of the outbox file."""
         self._check_open = check_open
         self._store: Store | None = None
+        self._turns = Turns()
 
     @asynccontextmanager
-    async def stored(self, config: DriverConfig, counters: Counters) -> AsyncGenerator[None, None]:
+    async def stored(self, config: DriverConfig) -> AsyncGenerator[None, None]:
         """Keep the outbox in its file while the block runs, if it has one. Raises ``OutboxFileError``."""
         if config.outbox_path is None:
             yield
             return
-        store = await Store.open(config.outbox_path, wall_clock=config.wall_clock, counters=counters)
+        store = await Store.open(config.outbox_path, wall_clock=config.wall_clock, counters=self._counters)
         try:
             self._store = store
+            self.path = config.outbox_path
             self._outbox.attach(store)
             yield
         finally:
@@ -57,14 +66,17 @@ class Publisher:
 
     async def publish(self, outgoing: Outgoing) -> PublishResult:
         """Until the guarantee of its QoS is met, or for ``publish_timeout``. ``MQTTDriver.publish`` says the rest."""
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await self._turns.take()
         self._check_open()
         self._check_link(outgoing)
+        if not outgoing.qos and self._send_at_once(outgoing):
+            return outgoing.result()
         timeout = self._supervisor.config.publish_timeout
         if timeout == math.inf:
             return await self._publish(outgoing)
         with trio.move_on_after(timeout):
             return await self._publish(outgoing)
+        self._counters.overdue += 1
         error = PublishTimeoutError(
             f"{outgoing.topic!r} was not acknowledged within publish_timeout={timeout:g} s",
             self._supervisor.diagnosis(),
@@ -79,10 +91,12 @@ class Publisher:
             with trio.move_on_at(outgoing.expires_at) as scope:
                 await self._outbox.wait_room(outgoing)
             if scope.cancelled_caught:
+                self._counters.expired += 1
                 raise MessageExpiredError(expired_text(outgoing))
         self._check_open()
         self._check_link(outgoing)  # again: it may have waited for room
-        self._submit(outgoing)
+        if not self._send_at_once(outgoing):
+            self._queue(outgoing)
         if outgoing.offline is OfflinePolicy.WAIT:
             return await outgoing.wait()
         await outgoing.settled_or_parked()
@@ -93,7 +107,12 @@ class Publisher:
 
     async def _accepted(self, outgoing: Outgoing) -> PublishResult:
         if self._store is not None:
-            await self._store.wait_stored(outgoing)
+            try:
+                await self._store.wait_stored(outgoing)
+            except OutboxFileError as exc:
+                raise OutboxFileError(
+                    f"{outgoing.topic!r} is accepted and will be sent, but is in memory only: {exc}"
+                ) from exc
         return PublishResult(
             reason_code=ReasonCode.SUCCESS,
             generation=self._supervisor.generation,
@@ -106,34 +125,44 @@ class Publisher:
         """Raises ``OutboxFullError``, ``ServerLimitError``, ``NotConnectedError`` or ``DriverClosedError``."""
         self._check_open()
         self._check_link(outgoing)
-        self._submit(outgoing)
-        return Receipt(outgoing)
+        if not self._send_at_once(outgoing):
+            self._queue(outgoing)
+        return Receipt(outgoing, self._turns)
 
     def _check_link(self, outgoing: Outgoing) -> None:
         if outgoing.offline is OfflinePolicy.FAIL and self._supervisor.state is not State.LIVE:
             raise outgoing.not_connected("the link is down", self._supervisor.diagnosis())
 
-    def _submit(self, outgoing: Outgoing) -> None:
-        supervisor = self._supervisor
-        if supervisor.state is State.CLOSED:
-            raise DriverClosedError("the driver has stopped for good") from supervisor.terminal
-        connection = supervisor.connection if supervisor.state is State.LIVE else None
-        if connection is not None:
-            error = publish_error(connection.limits, outgoing)
-            if error is not None:
-                raise error
-            if not outgoing.qos and connection.sender.has_room and not self._outbox.holds_qos0:
-                connection.sender.send(outgoing)
-                return
-        self._outbox.accept(outgoing, live=connection is not None)
-        if connection is not None:
-            connection.sender.refill()
+    def _queue(self, outgoing: Outgoing) -> None:
+        live = self._supervisor.live
+        self._outbox.accept(outgoing, live=live is not None)
+        if live is not None:
+            live.sender.refill()
         else:
             outgoing.parked = True
 
+    def _send_at_once(self, outgoing: Outgoing) -> bool:
+        """Past the outbox, if the link is up and nothing waits there that this must not overtake."""
+        supervisor = self._supervisor
+        live = supervisor.live
+        if live is None:
+            if supervisor.state is State.CLOSED:
+                raise DriverClosedError("the driver has stopped for good") from supervisor.terminal
+            return False
+        error = publish_error(live.limits, outgoing)
+        if error is not None:
+            raise error
+        if outgoing.qos:
+            if not live.sender.takes_more or not self._outbox.admit(outgoing):
+                return False
+        elif not live.sender.has_room or self._outbox.holds_qos0:
+            return False
+        live.sender.send(outgoing)
+        return True
+
     def lost(self, outgoing: Outgoing) -> MessageLostError:
         """The driver ended first."""
-        text = f"the driver ended before {outgoing.topic!r} was acknowledged"
+        text = f"the driver ended before {outgoing.topic!r} was acknowledged; {outgoing.sent_text}"
         if outgoing.row:
             text += "; it is kept in the outbox file"
         return MessageLostError(text)

@@ -27,7 +27,7 @@ from ._outgoing import Outgoing
 from ._packets import PUBCOMP, PUBREL, encode_ack, encode_publish, packet_name
 from ._properties import extend_block
 from ._session import Session
-from ._types import PublishResult, ReasonCode, ServerLimits
+from ._types import ReasonCode, ServerLimits
 from ._writer import Writer
 
 logger = logging.getLogger("trio_mqtt_driver")
@@ -37,6 +37,8 @@ _WINDOW_3_1_1 = 20
 
 _ROUNDING = 0.001
 """Seconds by which times that were computed from a wall clock may be off."""
+
+_CODES = {int(code): code for code in ReasonCode}
 
 _ABOUT_THE_LINK = frozenset(
     {
@@ -79,7 +81,10 @@ class Sender:
         self._live_since = math.inf
         self._paced_until = -math.inf
         self._held_back = trio.Event()
+        self._alone: Outgoing | None = None
+        """A suspect that is on its way, with nothing beside it that could be the reason if the connection ends."""
         self._warned = False
+        self._refused = False
         self._acknowledged = trio.Event()
         self.closing = False
         """Whether nothing must be sent any more."""
@@ -110,6 +115,12 @@ class Sender:
         return not self.closing and self._writer.waiting < self._config.write_buffer
 
     @property
+    def takes_more(self) -> bool:
+        """Whether a message of QoS 1 or 2 can be sent now."""
+        window = self._window
+        return window.free > 0 and not window.has_unsent and self.has_room and self._alone is None
+
+    @property
     def has_place(self) -> bool:
         """Whether the window has."""
         return self._window.free > 0
@@ -126,7 +137,7 @@ class Sender:
         packet_id = self._window.add(outgoing) if outgoing.qos else 0
         self._publish(outgoing, packet_id)
         if not outgoing.qos:
-            self._settle(outgoing, ReasonCode.SUCCESS)
+            outgoing.acknowledged(ReasonCode.SUCCESS, self._generation, trio.current_time())
 
     def _publish(self, outgoing: Outgoing, packet_id: int, *, dup: bool = False) -> None:
         outgoing.attempts += 1
@@ -193,25 +204,39 @@ class Sender:
 
     def refill(self) -> None:
         """Send what the window and the write buffer have room for: first what an older connection left open."""
-        while self.has_room:
+        while self.has_room and not self._waits_for_suspect():
             if self._window.has_unsent:
-                if not self._window.may_take_up:
+                if not self._window.may_take_up or not self._admits(self._window.next_unsent):
                     return
                 self._take_up()
                 continue
             if self._live_since == math.inf:
                 return
             outgoing = self._outbox.peek()
-            if outgoing is None or (outgoing.qos and self._window.free <= 0):
+            if outgoing is None or (outgoing.qos and self._window.free <= 0) or not self._admits(outgoing):
                 return
             if self._config.refill_rate < math.inf and self._too_early(outgoing):
                 return
             self._outbox.take()
             error = publish_error(self._limits, outgoing)
             if error is not None:
-                outgoing.settle(error)
+                self._refuse(outgoing, error)
             else:
                 self.send(outgoing)
+
+    def _waits_for_suspect(self) -> bool:
+        if self._alone is not None and self._alone.done:
+            self._alone = None
+        return self._alone is not None
+
+    def _admits(self, outgoing: Outgoing) -> bool:
+        """Whether a message may be sent beside what is on its way; of a suspect, which is alone then, it is noted."""
+        if not outgoing.suspected:
+            return True
+        if self._window.on_the_wire:
+            return False
+        self._alone = outgoing
+        return True
 
     def _take_up(self) -> None:
         packet_id, outgoing, released = self._window.take_unsent()
@@ -224,7 +249,7 @@ class Sender:
             self._publish(outgoing, packet_id, dup=True)
         else:  # The broker has become stricter, and would end every connection over it.
             self._window.drop(packet_id)
-            outgoing.settle(error)
+            self._refuse(outgoing, error)
 
     def ended(self, cause: MQTTDriverError | None) -> None:
         """The connection is over: if the broker has ended it, the first message in line may be the reason."""
@@ -234,11 +259,24 @@ class Sender:
             return
         packet_id, outgoing = suspect
         outgoing.blamed += 1
+        if outgoing.blamed > 1:
+            # It may be an innocent that stands before the guilty one. Each for itself, they can be told apart.
+            self._window.suspect_all()
         if outgoing.blamed >= limit:
             self._window.drop(packet_id)
             self._outbox.quarantine(
                 outgoing, f"the broker ended {limit} connections in a row over it, lastly: {cause}"
             )
+
+    def _refuse(self, outgoing: Outgoing, error: MQTTDriverError) -> None:
+        if not outgoing.done:
+            self._counters.refused += 1
+            if not self._refused:  # whoever published it may not be there any more
+                self._refused = True
+                logger.warning(
+                    "%s: %s; more of this connection are counted only (refused)", self._config.client_id, error
+                )
+        outgoing.settle(error)
 
     def flushed(self, now: float) -> None:
         """The writer has sent something."""
@@ -247,12 +285,12 @@ class Sender:
 
     def take_ack(self, first: int, packet_id: int, code: int, reason: str | None) -> None:
         """Take a PUBACK, PUBREC or PUBCOMP. Raises ``ProtocolError``."""
-        try:
-            reason_code = ReasonCode(code)
-        except ValueError:  # looked at first: what is taken out of the window must be settled
+        reason_code = _CODES.get(code)
+        if reason_code is None:  # looked at first: what is taken out of the window must be settled
             name = packet_name(first)
-            raise ProtocolError(f"malformed packet: {name} with unknown reason code 0x{code:02x}") from None
-        outgoing, answer = self._window.acknowledge(first, packet_id, code, trio.current_time())
+            raise ProtocolError(f"malformed packet: {name} with unknown reason code 0x{code:02x}")
+        now = trio.current_time()
+        outgoing, answer = self._window.acknowledge(first, packet_id, code, now)
         self._acknowledged.set()
         if answer:
             self._writer.answer(answer)
@@ -260,24 +298,15 @@ class Sender:
             return
         if first == PUBCOMP:
             # PUBREC has accepted the message; whatever the broker says of the rest, it is delivered.
-            self._settle(outgoing, ReasonCode.SUCCESS)
-        elif reason_code.is_failure:
+            outgoing.acknowledged(ReasonCode.SUCCESS, self._generation, now)
+        elif code >= 0x80:
             words = f": {reason}" if reason else ""
-            outgoing.settle(
-                PublishRefusedError(f"the broker refused {outgoing.topic!r}: {reason_code}{words}", reason_code)
+            self._refuse(
+                outgoing,
+                PublishRefusedError(f"the broker refused {outgoing.topic!r}: {reason_code}{words}", reason_code),
             )
         else:
-            self._settle(outgoing, reason_code)
-
-    def _settle(self, outgoing: Outgoing, code: ReasonCode) -> None:
-        outgoing.settle(
-            PublishResult(
-                reason_code=code,
-                generation=self._generation,
-                attempts=outgoing.attempts,
-                latency=trio.current_time() - outgoing.accepted_at,
-            )
-        )
+            outgoing.acknowledged(reason_code, self._generation, now)
 
 
 def _blames_us(cause: MQTTDriverError | None) -> bool:

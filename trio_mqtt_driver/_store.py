@@ -249,9 +249,15 @@ class Store:
                     pass
             finally:
                 await trio.to_thread.run_sync(self._file.close, limiter=self._limiter)  # noqa: ASYNC102  # see above
-        left = sum(isinstance(operation, Outgoing) for operation in self._pending.values())
-        if left:
-            logger.error("outbox file %s: it was closed without %d messages", self._file.path, left)
+        if self._pending:
+            lost = sum(isinstance(operation, Outgoing) for operation in self._pending.values())
+            logger.error(
+                "outbox file %s: it was closed without %d messages that were to be kept; %d that have their outcome "
+                "are still in it, and may be sent again",
+                self._file.path,
+                lost,
+                len(self._pending) - lost,
+            )
         self._fail(f"the outbox file {os.fspath(self._file.path)!r} is closed")
 
 

@@ -115,6 +115,11 @@ class Supervisor:
         """The one that is being made or is live."""
         return self._dialer.connection
 
+    @property
+    def live(self) -> Connection | None:
+        """The live one."""
+        return self._dialer.connection if self._states.current is State.LIVE else None
+
     # -- state --------------------------------------------------------------------------------------------------------
 
     @property

@@ -283,7 +283,7 @@ class Message(Generic[T]):
         another code.
         """
         if reason_code not in _REFUSALS:
-            allowed = ", ".join(f"0x{code:02x}" for code in _REFUSALS)
+            allowed = ", ".join(f"0x{int(code):02x}" for code in _REFUSALS)
             raise ValueError(f"reason_code is {reason_code!r}, allowed are {allowed}")
         if not self.qos or not self._open:
             return False
