@@ -49,7 +49,7 @@ STRANGERS = {
 # Modules that are functions of their arguments: no clock, no tasks.
 WITHOUT_TRIO = names(
     "_topics _types _properties _url _client_id _backoff _endpoints _codecs _callbacks _edges _history _status"
-    " _packets _aliases",
+    " _packets _aliases _turns",
 )
 PAHO = names("paho trio_paho_mqtt")
 MOST_LINES = 500

@@ -387,7 +387,7 @@ async def test_a_higher_priority_goes_first_and_each_has_an_order_of_its_own(
     assert arrived(broker) == [b"4", b"1", b"5", b"0", b"3", b"2"]
 
 
-@pytest.mark.parametrize("value", [11, -11, 1.5, "high"])
+@pytest.mark.parametrize("value", [11, -11, 1.5, "high", True])
 async def test_a_priority_out_of_its_range_is_refused(
     autojump_clock: MockClock, broker: MemoryBroker, value: int
 ) -> None:
@@ -460,6 +460,34 @@ async def test_a_publish_that_is_overdue_in_the_outbox_is_given_up(
         with pytest.raises(PublishTimeoutError, match=r"generation 1, no connection, 1 queued, 0 in flight"):
             await driver.publish("t", b"x", qos=1)
         assert (await driver.publish("t", b"y", qos=1, offline="queue")).queued
+        assert driver.status().counters["overdue"] == 1
         broker.start()
         await driver.wait_live()
     assert arrived(broker) == [b"y"]
+
+
+async def test_a_refusal_that_nobody_waits_for_is_counted_and_the_first_of_a_connection_is_logged(
+    autojump_clock: MockClock, broker: MemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with MQTTDriver(memory_config(broker, offline="queue")) as driver:
+        await cut(broker)
+        for number in range(3):
+            assert (await driver.publish("secret", b"%d" % number, qos=1)).queued
+        broker.faults.refuse_publish("secret")
+        broker.start()
+        await driver.wait_live()
+        assert await driver.drain() == ()
+        assert driver.status().counters["refused"] == 3
+    assert caplog.text.count("the broker refused 'secret': not authorized (0x87)") == 1
+
+
+async def test_a_message_that_the_broker_rules_out_later_is_counted_too(
+    autojump_clock: MockClock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = MemoryBroker(nursery, maximum_qos=1)
+    async with MQTTDriver(memory_config(broker, offline="queue"), start="background") as driver:
+        assert (await driver.publish("t", b"x", qos=2)).queued
+        await driver.wait_live()
+        await driver.drain()
+        assert driver.status().counters["refused"] == 1
+    assert "Maximum QoS is 1" in caplog.text

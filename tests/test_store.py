@@ -346,8 +346,10 @@ async def test_closing_tells_who_still_waits_and_what_was_not_written(
         await store.aclose()
     assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
         "it cannot be written: disk I/O error; what is published is sent, but would not survive a crash",
-        "it was closed without 1 messages that were to be kept; 0 that have their outcome are still in it, and may be "
-        "sent again",
+        (
+            "it was closed without 1 messages that were to be kept; 0 that have their outcome are still in it, "
+            "and may be sent again"
+        ),
     ]
     assert payloads(path) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from collections.abc import Generator
@@ -209,6 +210,13 @@ async def test_a_damaged_file_leaves_the_async_with_as_itself_and_stays_as_it_is
     assert not broker.connects
 
 
+async def test_a_path_that_is_no_file_is_refused_at_once(broker: MemoryBroker, path: Path) -> None:
+    os.mkfifo(path)
+    with trio.fail_after(10), pytest.raises(OutboxFileError, match="is no regular file"):
+        async with MQTTDriver(stored_config(broker, path)):
+            raise AssertionError("the body must not run")
+
+
 async def test_two_drivers_cannot_share_a_file(autojump_clock: MockClock, broker: MemoryBroker, path: Path) -> None:
     async with MQTTDriver(stored_config(broker, path)) as driver:
         with pytest.raises(OutboxFileError, match="in use"):
@@ -224,7 +232,7 @@ async def test_a_disk_that_fails_is_told_to_who_waits_for_it_and_stops_nothing_e
         broker.stop()
         await settled()
         with full_disk():
-            with pytest.raises(OutboxFileError, match="cannot be written"):
+            with pytest.raises(OutboxFileError, match=r"accepted and will be sent.*cannot be written"):
                 await driver.publish("t", b"1", qos=1)
             with pytest.raises(OutboxFileError):
                 await driver.publish("t", b"2", qos=0)

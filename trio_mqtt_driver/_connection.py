@@ -199,7 +199,7 @@ class Connection:
         self.resumed = session_present
         self.in_doubt = self.session.unanswered > 1
         self._outbox.put_back(self.session.begin(present=session_present))
-        self.session.on_processed = self._acknowledge
+        self.session.on_processed = self.acknowledge
         self.sender.begin(limits)
         seconds = self.config.keep_alive if limits.server_keep_alive is None else limits.server_keep_alive
         self.deadlines.keep_alive = seconds or math.inf
@@ -290,21 +290,18 @@ class Connection:
             message._code = 0  # pyright: ignore[reportPrivateUsage]
             self._warn_once("a refusal of a message needs MQTT 5, and is an acknowledgement like any other")
         if not self.ended:
-            self._acknowledge(message)
+            packets = self._incoming.acknowledge(message)
+            if packets:
+                self._writer.answer(packets)
+                self._acknowledged.set()
+            else:
+                self._wait_turn(message)
             return True
         if self.keeps(message):
             self.session.processed(message)
             return True
         self._counters.stale_acknowledgements += 1
         return False
-
-    def _acknowledge(self, message: Message[Any]) -> None:
-        packets = self._incoming.acknowledge(message)
-        if packets:
-            self._writer.answer(packets)
-            self._acknowledged.set()
-        else:
-            self._wait_turn(message)
 
     def _wait_turn(self, message: Message[Any]) -> None:
         self._incoming.wait(message, trio.current_time())
@@ -409,7 +406,9 @@ class Connection:
 
     def _take_message(self, message: Message[Any], messages: list[Message[Any]]) -> None:
         message._source = self  # pyright: ignore[reportPrivateUsage]  # the link between a message and its connection
-        if message.qos:
+        if message.qos == 1:
+            self._incoming.publish_1(message)
+        elif message.qos:
             new, answer = self._incoming.publish(message)
             if answer:
                 self._writer.answer(answer)
@@ -417,11 +416,11 @@ class Connection:
                 if not answer:
                     self._wait_turn(message)
                 return
-            if self.version == 5 and len(self._incoming) > self._incoming.maximum:
-                raise ProtocolError(
-                    f"protocol error: {len(self._incoming)} unacknowledged messages, announced was a "
-                    f"Receive Maximum of {self._incoming.maximum} [MQTT-3.3.4-9]"
-                )
+        if message.qos and self._incoming.overrun and self.version == 5:
+            raise ProtocolError(
+                f"protocol error: {len(self._incoming)} unacknowledged messages, announced was a "
+                f"Receive Maximum of {self._incoming.maximum} [MQTT-3.3.4-9]"
+            )
         if self.intercept is not None and message.topic == self.intercept[0]:
             self.intercept[1](message)
             message._done()  # pyright: ignore[reportPrivateUsage]

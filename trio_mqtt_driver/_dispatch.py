@@ -69,8 +69,9 @@ class Dispatcher:
         if self._targets_version != self._registry.version:
             self._targets.clear()
             self._targets_version = self._registry.version
+        cache = self._targets
         for message in messages:
-            targets = self._targets.get(message.topic)
+            targets = cache.get(message.topic)
             if targets is None:
                 targets = self._find_targets(message.topic)
             identifiers = message._properties.subscription_identifiers  # pyright: ignore[reportPrivateUsage]
@@ -80,15 +81,15 @@ class Dispatcher:
                 )
             if copies and len(targets) > 1 and not message.retain:
                 targets = self._deal(message, targets)
-            if not targets:
-                self._counters.unrouted += 1
-                message._done()  # pyright: ignore[reportPrivateUsage]
-            elif len(targets) == 1:
+            if len(targets) == 1:
                 self._put(message, *targets[0])
-            else:
+            elif targets:
                 message._open = len(targets)  # pyright: ignore[reportPrivateUsage]
                 for target in targets:
                     self._put(message._for_one_of(), *target)  # pyright: ignore[reportPrivateUsage]
+            else:
+                self._counters.unrouted += 1
+                message._done()  # pyright: ignore[reportPrivateUsage]
 
     def _deal(self, message: Message[Any], targets: tuple[Target, ...]) -> tuple[Target, ...]:
         """The targets that this copy is for. Retained messages are not dealt out: a filter that is subscribed later
@@ -107,11 +108,11 @@ class Dispatcher:
     ) -> None:
         if message.retain and not registration.options.retain_as_published:
             message.replayed = 0 < subscription.first_generation < message.generation
-        subscription.put(message)
-        if subscription.full:
+        if subscription.put(message):
             self._crowded.add(subscription)
             if subscription.overflow is Overflow.BLOCK:
                 self._blocking.add(subscription)
+                subscription.watched = True
 
     def _find_targets(self, topic: str) -> tuple[Target, ...]:
         targets = tuple(
@@ -157,6 +158,7 @@ class Dispatcher:
             self._idle.set()
         if self._blocking and subscription in self._blocking and not subscription.full:
             self._blocking.discard(subscription)
+            subscription.watched = False
             self._room.set()
 
     # -- the application's end ----------------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ class Dispatcher:
             async for message in subscription:
                 try:
                     outcome = handler(message)
-                    if isinstance(outcome, Awaitable):
+                    if outcome is not None and isinstance(outcome, Awaitable):
                         await outcome
                 except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
                     self.failed(subscription, message, exc)

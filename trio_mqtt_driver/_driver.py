@@ -217,8 +217,9 @@ class MQTTDriver:
         ``priority`` (-10 to 10) goes first. ``message_expiry`` (seconds) counts from this call: what has not left by
         then is given up, and the broker is told what is left of it (MQTT 5).
 
-        Blocks while the outbox is full, too. Cancelling before the message is accepted has no effect; afterwards it
-        ends the wait and not the delivery.
+        Blocks while the outbox is full, too. With QoS 0 on a live link it does not: it is a cancel point then, and
+        lets others run every 32nd time or millisecond. Cancelling before the message is accepted has no effect;
+        afterwards it ends the wait and not the delivery.
 
         Raises ``ValueError`` or ``TypeError`` for bad arguments, ``ServerLimitError``, `PublishError` (refused,
         expired, overdue, dropped, …: see there), ``OutboxFileError``, ``NotConnectedError`` (``offline="fail"``

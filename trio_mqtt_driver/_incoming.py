@@ -127,12 +127,21 @@ class IncomingWindow:
         """When the first acknowledgement has waited for its turn long enough; infinite if none waits."""
         return self._patience + next(iter(self._line.due.values()), math.inf)
 
+    def publish_1(self, message: Message[Any]) -> None:
+        """Take a QoS 1 PUBLISH."""
+        self._qos1 += 1
+        self._bytes += len(message.payload)
+        self._line.messages.append(message)
+
+    @property
+    def overrun(self) -> bool:
+        """Whether the broker has sent more than it may."""
+        return self._qos1 + len(self._qos2) > self.maximum
+
     def publish(self, message: Message[Any]) -> tuple[bool, bytes]:
         """Take a QoS 1 or 2 PUBLISH: whether it is new, and what to answer at once."""
         if message.qos == 1:
-            self._qos1 += 1
-            self._bytes += len(message.payload)
-            self._line.messages.append(message)
+            self.publish_1(message)
             return True, b""
         packet_id = message.packet_id
         known = self._received.get(packet_id)
@@ -175,10 +184,9 @@ class IncomingWindow:
         if message._overtaken:
             return self._answer(message)
         line = self._line
-        messages = line.messages
-        if messages[0] is not message:
+        if line.messages[0] is not message:
             return b""
-        messages.popleft()
+        line.messages.popleft()
         answer = self._answer(message)
         # Only if it waits: most often the next one is being processed.
         return answer + self._answers() if line.due or line.passed else answer

@@ -212,5 +212,7 @@ class Receipt:
         """
         if not self._outgoing.done:
             return await self._outgoing.wait()
-        await self._turns.take()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._turns.over(trio.current_time()):
+            await trio.lowlevel.cancel_shielded_checkpoint()
         return self._outgoing.result()

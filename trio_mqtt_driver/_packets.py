@@ -314,5 +314,5 @@ def encode_publish(
 def encode_ack(first: int, packet_id: int, code: int = 0) -> bytes:
     """PUBACK, PUBREC, PUBREL or PUBCOMP; a reason code other than 0 exists in MQTT 5 only."""
     if code:
-        return bytes((first, 3, packet_id >> 8, packet_id & 255, code))
-    return bytes((first, 2, packet_id >> 8, packet_id & 255))
+        return b"%c\3%c%c%c" % (first, packet_id >> 8, packet_id & 255, code)
+    return b"%c\2%c%c" % (first, packet_id >> 8, packet_id & 255)

@@ -66,10 +66,12 @@ class Publisher:
 
     async def publish(self, outgoing: Outgoing) -> PublishResult:
         """Until the guarantee of its QoS is met, or for ``publish_timeout``. ``MQTTDriver.publish`` says the rest."""
-        await self._turns.take()
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._check_open()
         self._check_link(outgoing)
         if not outgoing.qos and self._send_at_once(outgoing):
+            if self._turns.over(outgoing.accepted_at):
+                await trio.lowlevel.cancel_shielded_checkpoint()
             return outgoing.result()
         timeout = self._supervisor.config.publish_timeout
         if timeout == math.inf:

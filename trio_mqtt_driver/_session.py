@@ -52,7 +52,7 @@ class Session:
         """By Packet Identifier."""
         self.copies: bool | None = None
         """Whether the broker sends a copy per matching filter and cannot mark them; None until that matters."""
-        self.on_processed: Callable[[Message[Any]], None] | None = None
+        self.on_processed: Callable[[Message[Any]], object] | None = None
         """The connection that the session goes on with, as far as this module knows it."""
 
     def is_over(self, now: float) -> bool:

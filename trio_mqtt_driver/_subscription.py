@@ -34,7 +34,9 @@ Handler = Callable[[Message[T]], Awaitable[object] | object]
 DeadLetterHandler = Callable[[Message[Any], PayloadError], Awaitable[object] | object]
 
 _TURN = 64
-"""Messages between two visits to the scheduler: a full checkpoint costs more than handing a message over."""
+_SECONDS = 0.001
+"""After so many messages, or so long, others have their turn: a visit to the scheduler costs more than handing a
+message over, so it is not made for each."""
 
 logger = logging.getLogger("trio_mqtt_driver")
 
@@ -109,7 +111,13 @@ class Subscription(Generic[T]):
         self._burying = False
         """Whether a dead-letter handler runs: user code, which nobody waits for."""
         self._closed = False
-        self._turn = 0
+        self._sleeping = False
+        """Whether somebody waits for ``_arrived``."""
+        self.watched = False
+        """Whether the dispatcher waits for room, and must be told of what is taken out."""
+        self._calls = _TURN
+        self._until = 0.0
+        self._now = trio.current_time
         self._received = self._delivered = self._dropped = self._superseded = 0
         self._dead_letters = self._refused = self._handler_errors = 0
 
@@ -168,8 +176,8 @@ class Subscription(Generic[T]):
         """Whether somebody is asking for the next message, and not busy with the last one."""
         return self._receiving and not self._burying
 
-    def put(self, message: Message[Any]) -> None:
-        """Queue a message, whether there is room or not; ``shorten`` follows."""
+    def put(self, message: Message[Any]) -> bool:
+        """Queue a message, whether there is room or not. True if the queue has reached a bound: call ``shorten``."""
         self._received += 1
         if message.qos and message._source is not None:
             if message._source.overtakes and self._holds_up:
@@ -179,9 +187,12 @@ class Subscription(Generic[T]):
                 source = message._source
                 message._done()
                 message._source = source  # tells whether the connection that brought it is over
-        self._queue.append(message)
+        queue = self._queue
+        queue.append(message)
         self._queued_bytes += len(message.payload)
-        self._arrived.set()
+        if self._sleeping:
+            self._arrived.set()
+        return len(queue) >= self.queue_messages or self._queued_bytes >= self.queue_bytes
 
     @property
     def _holds_up(self) -> bool:
@@ -275,32 +286,46 @@ class Subscription(Generic[T]):
                         raise DriverClosedError(f"the subscription of {self.topic_filter!r} is ended")
                     self._changed(self)
                     self._arrived = trio.Event()
+                    self._sleeping = True
                     await self._arrived.wait()
-                message: Message[T] = self._queue.popleft()
-                self._queued_bytes -= len(message.payload)
-                self._changed(self)
-                if message.qos:
-                    message._reader = self
-                try:
-                    message.value = self._decode(message.payload)
-                except PayloadError as exc:
-                    await self._misfit(message, exc)
-                    await self._give_way()
-                    continue
+                    self._sleeping = False
+                message = self._take()
+                if self._typed:
+                    try:
+                        message.value = self._decode(message.payload)
+                    except PayloadError as exc:
+                        await self._misfit(message, exc)
+                        await self._give_way()
+                        continue
+                else:
+                    message.value = message.payload  # type: ignore[assignment]  # then T is bytes
                 self._delivered += 1
                 self._handed_out = message
                 return message
         finally:
-            self._receiving = False
+            self._receiving = self._sleeping = False
+
+    def _take(self) -> Message[T]:
+        message = self._queue.popleft()
+        self._queued_bytes -= len(message.payload)
+        if self.watched:
+            self._changed(self)
+        if message.qos:
+            message._reader = self
+        return message
 
     def finish(self) -> None:
         """The message that was handed out last is processed."""
-        if self._handed_out is not None:
-            message, self._handed_out = self._handed_out, None
-            if self._manual and message.qos:
-                self._kept = message
-            else:
-                message._done()
+        message = self._handed_out
+        if message is None:
+            return
+        self._handed_out = None
+        if not message.qos:
+            message._source = None
+        elif self._manual:
+            self._kept = message
+        else:
+            message._done()
 
     def refused(self) -> None:
         """Count a message that was refused."""
@@ -313,12 +338,15 @@ class Subscription(Generic[T]):
         self._counters.handler_errors += 1
 
     async def _give_way(self) -> None:
-        """A cancel point for every message, a schedule point for every ``_TURN``."""
-        self._turn = (self._turn + 1) % _TURN
-        if self._turn and self._queue:
+        """A cancel point for every message, and now and then a schedule point."""
+        if self._queue and self._calls < _TURN and self._now() < self._until:
+            self._calls += 1
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await trio.lowlevel.checkpoint()
+            self._now = trio.lowlevel.current_clock().current_time
+            self._calls = 0
+            self._until = self._now() + _SECONDS
 
     async def _misfit(self, message: Message[Any], error: PayloadError) -> None:
         """A payload that is not of our message class: another subscription's of this filter, or a dead letter."""
@@ -355,6 +383,23 @@ class Subscription(Generic[T]):
         return self
 
     async def __anext__(self) -> Message[T]:
+        if (
+            self._queue
+            and self._calls < _TURN
+            and not self._typed
+            and not self._receiving
+            and self._now() < self._until
+        ):
+            # As receive(), without what nearly all messages of a busy topic do not need.
+            self._calls += 1
+            if self._handed_out is not None:
+                self.finish()
+            await trio.lowlevel.checkpoint_if_cancelled()
+            message = self._take()
+            message.value = message.payload  # type: ignore[assignment]  # then T is bytes
+            self._delivered += 1
+            self._handed_out = message
+            return message
         try:
             return await self.receive()
         except DriverClosedError:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import trio
-
-_CALLS = 64
+_CALLS = 32
+_SECONDS = 0.001
 
 
 class Turns:
-    """A cancel point each time, and a schedule point every 64th time."""
+    """Whose turn it is: others' at every 32nd call, and at the first one after a millisecond."""
 
     def __init__(self) -> None:
         self._calls = 0
+        self._until = 0.0
 
-    async def take(self) -> None:
-        self._calls = (self._calls + 1) % _CALLS
-        if self._calls:
-            await trio.lowlevel.checkpoint_if_cancelled()
-        else:
-            await trio.lowlevel.checkpoint()
+    def over(self, now: float) -> bool:
+        """Whether the caller must visit the scheduler now."""
+        self._calls += 1
+        if self._calls < _CALLS and now < self._until:
+            return False
+        self._calls = 0
+        self._until = now + _SECONDS
+        return True

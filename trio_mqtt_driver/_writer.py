@@ -22,6 +22,7 @@ class Writer:
         self._counters = counters
         self._buffer: list[bytes] = []
         self._wake = trio.Event()
+        self._idle = False
         self._answers = 0
         self._ended = False
         self.written = 0
@@ -45,7 +46,8 @@ class Writer:
             return
         self._buffer.append(packet)
         self.written += len(packet)
-        self._wake.set()
+        if self._idle:
+            self._wake.set()
 
     def answer(self, packet: bytes) -> None:
         """Take a packet that the peer made us write: so many it can make, but not without bound."""
@@ -62,7 +64,9 @@ class Writer:
         while True:  # noqa: ASYNC913  # it waits for data, or sends some: there are no empty packets
             if not self._buffer:
                 self._wake = trio.Event()
+                self._idle = True
                 await self._wake.wait()
+                self._idle = False
             data = memoryview(b"".join(self._buffer))
             self._buffer.clear()
             answers = self._answers
