@@ -38,7 +38,7 @@ from ._history import Counters
 from ._inbox import Inbox
 from ._incoming import IncomingWindow
 from ._outbox import Outbox
-from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Packet, PacketReader, packet_name
+from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Ack, PacketReader, packet_name
 from ._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect, SubAck, SubscribeRequest
 from ._replies import Ping, Reply, Request
 from ._sender import Sender
@@ -353,7 +353,10 @@ class Connection:
             messages: list[Message[Any]] = []
             try:
                 for packet in self._reader.feed(data):
-                    self._take(packet, messages)
+                    if isinstance(packet, Message):
+                        self._take_message(packet, messages)
+                    else:
+                        self._take(packet)
             except ProtocolError as exc:
                 self.fail(exc)
             self.deadlines.mid_packet = self._reader.mid_packet
@@ -392,10 +395,8 @@ class Connection:
             await self._acknowledged.wait()
         self.deadlines.resume(trio.current_time())
 
-    def _take(self, packet: Packet, messages: list[Message[Any]]) -> None:
-        if isinstance(packet, Message):
-            self._take_message(packet, messages)
-        elif isinstance(packet, tuple):
+    def _take(self, packet: Ack | bytes) -> None:
+        if isinstance(packet, tuple):
             first, packet_id, code, reason = packet
             if first == PUBREL:
                 self._answer(self._incoming.release(packet_id, self.version))

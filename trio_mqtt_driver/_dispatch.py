@@ -81,7 +81,11 @@ class Dispatcher:
                 )
             if copies and len(targets) > 1 and not message.retain:
                 targets = self._deal(message, targets)
-            if len(targets) == 1:
+            if len(targets) == 1 and not message.retain:
+                subscription = targets[0][1]  # as _put
+                if subscription.put(message):
+                    self._crowd(subscription)
+            elif len(targets) == 1:
                 self._put(message, *targets[0])
             elif targets:
                 message._open = len(targets)  # pyright: ignore[reportPrivateUsage]
@@ -109,10 +113,13 @@ class Dispatcher:
         if message.retain and not registration.options.retain_as_published:
             message.replayed = 0 < subscription.first_generation < message.generation
         if subscription.put(message):
-            self._crowded.add(subscription)
-            if subscription.overflow is Overflow.BLOCK:
-                self._blocking.add(subscription)
-                subscription.watched = True
+            self._crowd(subscription)
+
+    def _crowd(self, subscription: Subscription[Any]) -> None:
+        self._crowded.add(subscription)
+        if subscription.overflow is Overflow.BLOCK:
+            self._blocking.add(subscription)
+            subscription.watched = True
 
     def _find_targets(self, topic: str) -> tuple[Target, ...]:
         targets = tuple(

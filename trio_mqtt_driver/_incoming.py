@@ -187,7 +187,12 @@ class IncomingWindow:
         if line.messages[0] is not message:
             return b""
         line.messages.popleft()
-        answer = self._answer(message)
+        if message.qos == 1:  # as _answer
+            self._qos1 -= 1
+            self._bytes -= len(message.payload)
+            answer = encode_ack(PUBACK, message.packet_id, message._code)
+        else:
+            answer = self._answer(message)
         # Only if it waits: most often the next one is being processed.
         return answer + self._answers() if line.due or line.passed else answer
 

@@ -289,7 +289,12 @@ class Subscription(Generic[T]):
                     self._sleeping = True
                     await self._arrived.wait()
                     self._sleeping = False
-                message = self._take()
+                message: Message[T] = self._queue.popleft()
+                self._queued_bytes -= len(message.payload)
+                if self.watched:
+                    self._changed(self)
+                if message.qos:
+                    message._reader = self
                 if self._typed:
                     try:
                         message.value = self._decode(message.payload)
@@ -304,15 +309,6 @@ class Subscription(Generic[T]):
                 return message
         finally:
             self._receiving = self._sleeping = False
-
-    def _take(self) -> Message[T]:
-        message = self._queue.popleft()
-        self._queued_bytes -= len(message.payload)
-        if self.watched:
-            self._changed(self)
-        if message.qos:
-            message._reader = self
-        return message
 
     def finish(self) -> None:
         """The message that was handed out last is processed."""
@@ -392,11 +388,20 @@ class Subscription(Generic[T]):
         ):
             # As receive(), without what nearly all messages of a busy topic do not need.
             self._calls += 1
-            if self._handed_out is not None:
-                self.finish()
+            done = self._handed_out
+            if done is not None:
+                if done.qos:
+                    self.finish()
+                else:
+                    self._handed_out = done._source = None
             await trio.lowlevel.checkpoint_if_cancelled()
-            message = self._take()
-            message.value = message.payload  # type: ignore[assignment]  # then T is bytes
+            message = self._queue.popleft()
+            self._queued_bytes -= len(message.payload)
+            if self.watched:
+                self._changed(self)
+            if message.qos:
+                message._reader = self
+            message.value = message.payload  # then T is bytes
             self._delivered += 1
             self._handed_out = message
             return message

@@ -51,8 +51,14 @@ class Writer:
 
     def answer(self, packet: bytes) -> None:
         """Take a packet that the peer made us write: so many it can make, but not without bound."""
-        self._answers += len(packet)
-        self.write(packet)
+        if self._ended:
+            return
+        size = len(packet)
+        self._answers += size
+        self._buffer.append(packet)
+        self.written += size
+        if self._idle:
+            self._wake.set()
 
     def write_last(self, packet: bytes) -> None:
         """Take DISCONNECT."""
