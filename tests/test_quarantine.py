@@ -10,7 +10,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.peers import memory_config
-from trio_mqtt_driver import Endpoint, MQTTDriver, QuarantinedError
+from trio_mqtt_driver import Endpoint, MQTTDriver, QuarantinedError, State
 from trio_mqtt_driver.testing import Direction, Kind, MemoryBroker
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -63,7 +63,7 @@ def arrived(broker: MemoryBroker) -> list[bytes]:
 async def test_a_message_that_ends_every_connection_is_given_up_and_the_next_ones_go_out(
     autojump_clock: MockClock, broker: MemoryBroker, qos: int, stable: bool, reset: bool
 ) -> None:
-    config = memory_config(broker, probe="ping", in_flight=1, stable_id=stable)
+    config = memory_config(broker, probe="ping", in_flight=1, stable_id=stable, quarantine_after=5)
     async with MQTTDriver(config) as driver:
         broker.faults.cut(Kind.PUBLISH, times=5, direction=Direction.IN, before=True, reset=reset)
         bad = driver.publish_nowait("t", b"bad", qos=qos)
@@ -118,6 +118,26 @@ async def test_an_acknowledged_message_ahead_takes_no_blame_and_the_count_is_eac
             await receipt.wait()
         assert driver.status().counters["quarantined"] == 0
     assert sorted(arrived(broker)) == [b"0", b"1", b"2", b"3"]
+
+
+async def test_a_network_that_breaks_at_other_times_too_blames_no_message(
+    autojump_clock: MockClock, broker: MemoryBroker
+) -> None:
+    """Each connection that reaches the message is lost with it, but so is one in between that does not."""
+    config = memory_config(broker, probe="ping", quarantine_after=2)
+    async with MQTTDriver(config) as driver:
+        receipt = None
+        with broker.faults.cut(Kind.PUBLISH, times=None, direction=Direction.IN, before=True):
+            for _ in range(5):
+                await driver.wait_live()
+                receipt = receipt or driver.publish_nowait("t", b"x", qos=1)
+                with broker.faults.cut(Kind.CONNACK, times=1, before=True):
+                    await driver.wait_state(State.VALIDATING)
+        assert receipt is not None
+        result = await receipt.wait()
+        assert result.attempts > 2
+        assert driver.status().counters["quarantined"] == 0
+    assert arrived(broker) == [b"x"]
 
 
 Fault = Callable[[MemoryBroker], object]

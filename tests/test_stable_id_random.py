@@ -88,7 +88,8 @@ async def talk(
             # What waits for an acknowledgement that was lost is finished on the next connection.
             driver.force_reconnect("the end of the bad network", even_if_live=True)
             await driver.wait_live()
-        await trio.sleep(300)
+        # A handler takes half a second for each message, and each lost connection may bring a window of repetitions.
+        await trio.sleep(5000)
         for driver in drivers:
             status = driver.status()
             assert (status.in_flight, status.queued, status.unacknowledged) == (0, 0, 0)

@@ -334,7 +334,7 @@ class DriverConfig:
     """A file that keeps what is accepted over a crash; see ``docs/howto/outbox.md``. It belongs to one driver."""
     refill_rate: float = attrs.field(default=math.inf, validator=positive)
     """How many messages per second go out of what has waited for the link; ``math.inf`` leaves it to the window."""
-    quarantine_after: int = attrs.field(default=5, validator=between(0, 1000))
+    quarantine_after: int = attrs.field(default=10, validator=between(0, 1000))
     """A message that was next to be acknowledged on so many connections in a row when the broker ended them is given
     up with ``QuarantinedError``: else one that a broker cannot stand would keep the driver from ever delivering
     another. 0 switches that off."""

@@ -63,6 +63,8 @@ class Outbox:
         self._room = trio.Event()
         self.accepted = 0
         self.accepted_bytes = 0
+        self.accused: Outgoing | None = None
+        """The message that was blamed for the end of the last connection."""
 
     def __len__(self) -> int:
         return self._waiting - self._given_up

@@ -252,12 +252,22 @@ class Sender:
             self._refuse(outgoing, error)
 
     def ended(self, cause: MQTTDriverError | None) -> None:
-        """The connection is over: if the broker has ended it, the first message in line may be the reason."""
-        suspect = self._window.suspect
+        """The connection is over: if the broker has ended it, the first message in line may be the reason.
+
+        But not if connections are also lost with nothing on the wire: then it is the network's doing.
+        """
         limit = self._config.quarantine_after
-        if suspect is None or not limit or not _blames_us(cause):
+        if not limit or not _blames_us(cause):
+            return
+        suspect = self._window.suspect
+        accused = self._outbox.accused
+        if accused is not None and (suspect is None or suspect[1] is not accused):
+            accused.blamed = 0
+            self._outbox.accused = None
+        if suspect is None:
             return
         packet_id, outgoing = suspect
+        self._outbox.accused = outgoing
         outgoing.blamed += 1
         if outgoing.blamed > 1:
             # It may be an innocent that stands before the guilty one. Each for itself, they can be told apart.
