@@ -86,21 +86,39 @@ async def test_of_several_that_were_sent_together_only_the_guilty_one_is_given_u
     autojump_clock: MockClock, broker: MemoryBroker, qos: int, stable: bool
 ) -> None:
     """The broker dies of what comes in one piece, before it has acknowledged what stands before the bad message."""
-    config = memory_config(broker, probe="ping", quarantine_after=3, stable_id=stable, open_stream=poisoned(broker))
+    options = {"probe": "ping", "quarantine_after": 3, "stable_id": stable}
+    config = memory_config(broker, open_stream=poisoned(broker), **options)
     async with MQTTDriver(config) as driver:
         names = ["0", "1", "2", "poison", "3", "4"]
         receipts = {name: driver.publish_nowait("t", name, qos=qos) for name in names}
-        for name, receipt in receipts.items():
-            if name == "poison":
-                with pytest.raises(QuarantinedError):
+        with trio.fail_after(10_000):
+            for name, receipt in receipts.items():
+                if name == "poison":
+                    with pytest.raises(QuarantinedError):
+                        await receipt.wait()
+                else:
                     await receipt.wait()
-            else:
-                await receipt.wait()
         late = [driver.publish_nowait("t", str(number), qos=qos) for number in (5, 6, 7)]
         for receipt in late:
             await receipt.wait()
         assert driver.status().counters["quarantined"] == 1
     assert arrived(broker) == [b"%d" % number for number in range(8)]
+
+
+async def test_suspects_that_a_rate_holds_back_are_sent_when_it_is_their_turn(
+    autojump_clock: MockClock, broker: MemoryBroker
+) -> None:
+    async with MQTTDriver(memory_config(broker, refill_rate=10)) as driver:
+        broker.stop()
+        await settled()
+        receipts = [driver.publish_nowait("t", str(number), qos=1) for number in range(5)]
+        for receipt in receipts[:4]:
+            receipt._outgoing.suspected = True  # pyright: ignore[reportPrivateUsage]  # as after two lost connections
+        broker.start()
+        with trio.fail_after(1000):
+            for receipt in receipts:
+                await receipt.wait()
+    assert arrived(broker) == [b"0", b"1", b"2", b"3", b"4"]
 
 
 async def test_an_acknowledged_message_ahead_takes_no_blame_and_the_count_is_each_message_s_own(

@@ -140,6 +140,8 @@ class Sender:
             outgoing.acknowledged(ReasonCode.SUCCESS, self._generation, trio.current_time())
 
     def _publish(self, outgoing: Outgoing, packet_id: int, *, dup: bool = False) -> None:
+        if outgoing.suspected:
+            self._alone = outgoing
         outgoing.attempts += 1
         self._counters.messages_out += 1
         if self._version != 5 and (outgoing.properties != b"\0" or outgoing.expiry is not None):
@@ -230,13 +232,8 @@ class Sender:
         return self._alone is not None
 
     def _admits(self, outgoing: Outgoing) -> bool:
-        """Whether a message may be sent beside what is on its way; of a suspect, which is alone then, it is noted."""
-        if not outgoing.suspected:
-            return True
-        if self._window.on_the_wire:
-            return False
-        self._alone = outgoing
-        return True
+        """Whether a message may be sent beside what is on its way."""
+        return not outgoing.suspected or not self._window.on_the_wire
 
     def _take_up(self) -> None:
         packet_id, outgoing, released = self._window.take_unsent()
@@ -260,6 +257,8 @@ class Sender:
         if not limit or not _blames_us(cause):
             return
         suspect = self._window.suspect
+        if suspect is None and self._window.on_the_wire:
+            return  # Whether any of it had left nobody knows: that says nothing either way.
         accused = self._outbox.accused
         if accused is not None and (suspect is None or suspect[1] is not accused):
             accused.blamed = 0
@@ -274,6 +273,7 @@ class Sender:
             self._window.suspect_all()
         if outgoing.blamed >= limit:
             self._window.drop(packet_id)
+            self._outbox.accused = None
             self._outbox.quarantine(
                 outgoing, f"the broker ended {limit} connections in a row over it, lastly: {cause}"
             )
