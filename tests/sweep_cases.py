@@ -34,7 +34,7 @@ def covers(
 
 @covers("MQTTDriver.publish")
 async def publish_qos_0(scene: Scene) -> None:
-    for _ in range(33):  # the 32nd time others have their turn
+    for _ in range(257):  # the 256th time others have their turn
         await scene.driver.publish("out/0", b"x")
 
 

@@ -89,12 +89,12 @@ async def test_a_publisher_that_never_waits_does_not_starve_the_reader(
     async with MQTTDriver(memory_config(broker)) as driver:
         await driver.subscribe("in", received.append)
         broker.publish("in", b"x")
-        for _ in range(400):
+        for _ in range(2000):
             await driver.publish("out", b"y")
         assert received
 
 
-async def test_a_publish_that_need_not_block_gives_a_turn_every_32nd_time_and_is_a_cancel_point_each_time(
+async def test_a_publish_that_need_not_block_gives_a_turn_every_256th_time_and_is_a_cancel_point_each_time(
     autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:
     broker = MemoryBroker(nursery)
@@ -110,7 +110,7 @@ async def test_a_publish_that_need_not_block_gives_a_turn_every_32nd_time_and_is
         others.start_soon(count)
         await trio.lowlevel.checkpoint()
         before = turns
-        for _ in range(320):
+        for _ in range(2560):
             await driver.publish("out", b"y")
         assert 9 <= turns - before <= 11
         with trio.CancelScope() as scope:
@@ -170,7 +170,7 @@ async def test_a_publisher_of_qos_0_that_never_waits_holds_up_nobody(
         while len(received) < 200 or acknowledged < 200:
             await driver.publish("greedy", b"y")
             sent += 1
-            assert sent < 50_000
+            assert sent < 400_000
         publishers.cancel_scope.cancel()
 
 

@@ -184,7 +184,7 @@ async def test_answers_that_the_peer_does_read_are_not_held_against_it(
         nonlocal most
         most = max(most, writer.answers)
 
-    nursery.start_soon(writer.run, flushed)
+    nursery.start_soon(writer.run, lambda: None, flushed)
     writer.answer(bytes(1000))
     await settled()
     assert writer.flushed == stream.taken == 101_000

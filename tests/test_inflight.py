@@ -27,7 +27,7 @@ def send(sending: OutgoingWindow, *messages: Outgoing) -> list[int]:
     ids: list[int] = []
     for message in messages:
         ids.append(sending.add(message))
-        sending.written(message, ids[-1] * 10)
+        message.wire_end = ids[-1] * 10
     return ids
 
 
@@ -190,7 +190,7 @@ def take_up(sending: OutgoingWindow) -> list[tuple[str, bool]]:
     found: list[tuple[str, bool]] = []
     while sending.has_unsent and sending.may_take_up:
         packet_id, message, released = sending.take_unsent()
-        sending.written(message, packet_id)
+        message.wire_end = packet_id
         found.append((message.topic, released))
     return found
 

@@ -27,10 +27,11 @@ LAYERS = (
         "_config _validators _properties _url _tls _client_id _backoff _endpoints _codecs _callbacks _edges _history"
         " _events _states _status _turns"
     ),
-    names("_packets _paho _transport"),
+    names("_packets _subscribing _paho _transport"),
     names(
         "_connection _handshake _probe _replay _replies _inflight _incoming _limits _registry _outgoing _outbox _inbox"
-        " _writer _deadlines _copies _session _sender _attempts _versions _store _outbox_file _aliases"
+        " _writer _deadlines _copies _session _sender _receiver _express _attempts _versions _store _outbox_file"
+        " _aliases"
     ),
     names("_dispatch _subscription _arguments _failover _availability _dialer"),
     names("_supervisor"),
@@ -49,7 +50,7 @@ STRANGERS = {
 # Modules that are functions of their arguments: no clock, no tasks.
 WITHOUT_TRIO = names(
     "_topics _types _properties _url _client_id _backoff _endpoints _codecs _callbacks _edges _history _status"
-    " _packets _aliases _turns",
+    " _packets _subscribing _aliases",
 )
 PAHO = names("paho trio_paho_mqtt")
 MOST_LINES = 500

@@ -10,7 +10,6 @@ from trio_mqtt_driver import MessageLostError, OutboxFullError, Receipt
 from trio_mqtt_driver._history import Counters
 from trio_mqtt_driver._outbox import Outbox
 from trio_mqtt_driver._outgoing import Outgoing, wait_settled
-from trio_mqtt_driver._turns import Turns
 from trio_mqtt_driver._types import PublishResult, ReasonCode
 
 RESULT = PublishResult(reason_code=ReasonCode.SUCCESS, generation=1, attempts=1, latency=0.5)
@@ -58,7 +57,7 @@ def test_a_message_that_was_given_up_while_it_waited_is_not_sent() -> None:
     box.accept(second)
     first.settle(MessageLostError("given up"))
     assert box.peek() is second
-    assert not box.holds_qos0
+    assert box.waiting_qos0 == 0
     assert topics_left(box) == ["b"]
 
 
@@ -91,11 +90,11 @@ def test_bytes_are_bounded_and_one_message_is_always_let_in() -> None:
 def test_a_message_of_qos_0_that_waits_is_known() -> None:
     box = outbox()
     box.accept(outgoing(qos=1))
-    assert not box.holds_qos0
+    assert box.waiting_qos0 == 0
     box.accept(outgoing(qos=0))
-    assert box.holds_qos0
+    assert box.waiting_qos0 == 1
     assert topics_left(box) == ["a", "a"]
-    assert not box.holds_qos0
+    assert box.waiting_qos0 == 0
 
 
 async def test_who_waits_for_room_is_served_in_order(autojump_clock: trio.testing.MockClock) -> None:
@@ -198,7 +197,7 @@ async def test_a_failure_is_raised_to_whoever_waits() -> None:
 
 async def test_a_receipt_tells_what_became_of_its_message() -> None:
     message = outgoing("a/b")
-    receipt = Receipt(message, Turns())
+    receipt: Receipt = message
     assert not receipt.done
     assert repr(receipt) == "<Receipt 'a/b' qos=1 waiting>"
     message.settle(RESULT)
@@ -207,7 +206,7 @@ async def test_a_receipt_tells_what_became_of_its_message() -> None:
     assert repr(receipt) == "<Receipt 'a/b' qos=1 acknowledged>"
     lost = outgoing()
     lost.settle(MessageLostError("gone"))
-    assert repr(Receipt(lost, Turns())) == "<Receipt 'a' qos=1 failed>"
+    assert repr(lost) == "<Receipt 'a' qos=1 failed>"
 
 
 async def test_wait_settled_returns_when_all_have_an_outcome() -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -293,7 +292,8 @@ def test_a_message_comes_back_as_it_was(values: dict[str, object], age: float) -
 
 def test_a_wall_clock_that_was_set_back_makes_no_message_younger_than_now(tmp_path: Path) -> None:
     file = OutboxFile(tmp_path / "outbox.db")
-    message = attrs.evolve(outgoing(at=0.0), expiry=10)
+    message = outgoing(at=0.0)
+    message.expiry = 10
     file.write([(1, message)], WALL)
     for passed, accepted_at in ((-1e6, 100.0), (4.0, 96.0), (1e6, 100.0 - 1e6)):
         ((loaded,), _) = file.load(100.0, WALL + passed)
@@ -348,7 +348,8 @@ def test_a_batch_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "outbox.db"
     file = OutboxFile(path)
     file.write([(1, outgoing("t", b"old", at=0.0))], WALL)
-    unwritable = attrs.evolve(outgoing("t", b"new", at=0.0), priority=1 << 63)
+    unwritable = outgoing("t", b"new", at=0.0)
+    unwritable.priority = 1 << 63
     with pytest.raises(OverflowError):
         file.write([(2, outgoing("t", b"new", at=0.0)), (3, unwritable), (1, None)], WALL)
     file.write([(4, outgoing("t", b"later", at=0.0))], WALL)

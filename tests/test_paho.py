@@ -13,8 +13,9 @@ from hypothesis import given, strategies as st
 from tests.packets import new_reader, texts, topics, versions
 from trio_mqtt_driver import DriverConfig, Endpoint, ProtocolError, ReasonCode, RetainHandling, Will
 from trio_mqtt_driver._inflight import PacketIds
-from trio_mqtt_driver._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect, SubAck, SubscribeRequest
+from trio_mqtt_driver._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect
 from trio_mqtt_driver._properties import encode_varint
+from trio_mqtt_driver._subscribing import SubAck, SubscribeRequest
 from trio_mqtt_driver._types import PayloadFormat, ServerLimits
 from trio_mqtt_driver.testing import (
     Auth,

@@ -11,6 +11,7 @@ from trio.testing import MockClock
 
 from tests.peers import memory_config
 from trio_mqtt_driver import Endpoint, MQTTDriver, QuarantinedError, State
+from trio_mqtt_driver._outgoing import Outgoing
 from trio_mqtt_driver.testing import Direction, Kind, MemoryBroker
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -105,6 +106,42 @@ async def test_of_several_that_were_sent_together_only_the_guilty_one_is_given_u
     assert arrived(broker) == [b"%d" % number for number in range(8)]
 
 
+async def test_what_a_session_left_open_waits_for_connack(autojump_clock: MockClock, broker: MemoryBroker) -> None:
+    """Also if a message that was given up leaves suspects behind, which nothing on the wire seems to be in the way of.
+
+    Before CONNACK nobody knows whether the session goes on; what is sent then is sent again.
+    """
+    config = memory_config(broker, probe="ping", stable_id=True, quarantine_after=3)
+    async with MQTTDriver(config) as driver:
+        broker.faults.cut(Kind.PUBLISH, times=3, direction=Direction.IN, before=True)
+        held = broker.faults.hold(Kind.CONNACK, first=3, times=1)
+        receipts = [driver.publish_nowait("t", str(number), qos=1) for number in range(3)]
+        with pytest.raises(QuarantinedError):
+            await receipts[0].wait()
+        while held.seen < 3:
+            await trio.sleep(0.01)
+        await trio.sleep(1)
+        assert arrived(broker) == []
+        held.release()
+        for receipt in receipts[1:]:
+            await receipt.wait()
+    assert arrived(broker) == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("stable", [False, True])
+async def test_a_broker_that_ends_connections_before_connack_does_not_do_it_over_a_message(
+    autojump_clock: MockClock, broker: MemoryBroker, stable: bool
+) -> None:
+    config = memory_config(broker, probe="ping", stable_id=stable, quarantine_after=2)
+    async with MQTTDriver(config) as driver:
+        broker.faults.cut(Kind.PUBLISH, direction=Direction.IN, before=True)
+        broker.faults.cut(Kind.CONNECT, times=5, direction=Direction.IN, before=True)
+        await driver.publish("t", b"0", qos=1)
+        assert driver.status().counters["attempts"] == 7
+        assert driver.status().counters["quarantined"] == 0
+    assert arrived(broker) == [b"0"]
+
+
 async def test_suspects_that_a_rate_holds_back_are_sent_when_it_is_their_turn(
     autojump_clock: MockClock, broker: MemoryBroker
 ) -> None:
@@ -113,7 +150,8 @@ async def test_suspects_that_a_rate_holds_back_are_sent_when_it_is_their_turn(
         await settled()
         receipts = [driver.publish_nowait("t", str(number), qos=1) for number in range(5)]
         for receipt in receipts[:4]:
-            receipt._outgoing.suspected = True  # pyright: ignore[reportPrivateUsage]  # as after two lost connections
+            assert isinstance(receipt, Outgoing)
+            receipt.suspected = True  # as after two lost connections
         broker.start()
         with trio.fail_after(1000):
             for receipt in receipts:

@@ -163,7 +163,7 @@ def test_an_answer_to_an_older_revision_leaves_the_newer_one_due() -> None:
     assert registration.standing is Standing.DUE
     (batch,) = wanted.take_due(size=10, max_bytes=None)
     assert (batch.registrations, batch.revisions) == ([registration], [old + 1])
-    assert batch.registrations[0].request().qos == 2
+    assert batch.registrations[0].request.qos == 2
 
 
 async def test_who_subscribes_waits_for_the_answer_to_its_own_revision() -> None:
@@ -359,7 +359,7 @@ class RegistryMachine(RuleBasedStateMachine):
             batches = self.wanted.take_due(size=2, max_bytes=None)
             requests = [
                 [
-                    (each, each.request(), batch.identifier, revision)
+                    (each, each.request, batch.identifier, revision)
                     for each, revision in zip(batch.registrations, batch.revisions, strict=True)
                 ]
                 for batch in batches

@@ -7,7 +7,6 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-import attrs
 import pytest
 import trio
 
@@ -28,7 +27,8 @@ async def test_the_quarantine_keeps_what_is_not_sent_any_more(path: Path) -> Non
         nursery.start_soon(store.run)
         stored, sound = await store_all(store, "stored", "sound")
         block = b"\x05\x03\x00\x02a/"
-        new = attrs.evolve(outgoing("t/new", b"new", qos=2), expiry=60, retain=True, attempts=4, properties=block)
+        new = outgoing("t/new", b"new", qos=2)
+        new.expiry, new.retain, new.attempts, new.properties = 60, True, 4, block
         never = outgoing("never", b"never")
         store.add(new)
         for number, message in enumerate((stored, new, never)):

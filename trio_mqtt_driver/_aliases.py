@@ -21,7 +21,7 @@ class TopicAliases:
     """The aliases of one connection: at most ``maximum``, and the one least recently used goes to a new topic."""
 
     def __init__(self, maximum: int) -> None:
-        self._maximum = maximum
+        self.maximum = maximum
         self._aliases: OrderedDict[bytes, int] = OrderedDict()
 
     def take(self, raw_topic: bytes, *, room: bool = True) -> tuple[bytes, int | None]:
@@ -29,7 +29,7 @@ class TopicAliases:
 
         Without ``room`` in the packet for topic and alias, no new one is set. An alias alone is never longer.
         """
-        if not self._maximum or len(raw_topic) <= _LENGTH:
+        if not self.maximum or len(raw_topic) <= _LENGTH:
             return raw_topic, None
         alias = self._aliases.get(raw_topic)
         if alias is not None:
@@ -37,7 +37,7 @@ class TopicAliases:
             return b"", alias
         if not room:
             return raw_topic, None
-        if len(self._aliases) < self._maximum:
+        if len(self._aliases) < self.maximum:
             alias = len(self._aliases) + 1
         else:
             _, alias = self._aliases.popitem(last=False)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import trio
 
@@ -36,13 +36,14 @@ from ._errors import (
 )
 from ._history import Counters
 from ._inbox import Inbox
-from ._incoming import IncomingWindow
 from ._outbox import Outbox
-from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Ack, PacketReader, packet_name
-from ._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect, SubAck, SubscribeRequest
+from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Ack, Packet, PacketReader, packet_name
+from ._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect
+from ._receiver import Receiver
 from ._replies import Ping, Reply, Request
 from ._sender import Sender
 from ._session import Session
+from ._subscribing import SubAck, SubscribeRequest
 from ._transport import lost
 from ._types import Message, ReasonCode, ServerLimits, UserProperties
 from ._writer import Writer
@@ -87,39 +88,40 @@ class Connection:
         self._outbox = outbox
         self._counters = counters
         self._on_remark = on_remark
-        self._reader = PacketReader(
-            version=version,
-            maximum_packet_size=config.maximum_packet_size,
-            topic_alias_maximum=config.topic_alias_maximum,
-            generation=generation,
-        )
         self.session = session
         self.resumed = False
         """Whether the broker took up the session of an older connection."""
         self.in_doubt = False
         """Whether that may be another one, which an unanswered CONNECT began: then it has no subscriptions."""
-        self._incoming = IncomingWindow(
-            config.receive_maximum,
-            session.received,
-            maximum_bytes=config.receive_bytes,
-            patience=config.ack_patience,
-        )
         self._control: ControlPackets
         self._scope = trio.CancelScope()
         self.ended = False
         """Whether nothing can be sent or acknowledged on it any more."""
         self._warned: set[str] = set()
         self._writer = Writer(stream, counters)
+        self.receiver = Receiver(
+            config,
+            session,
+            self._writer,
+            counters,
+            version=version,
+            expect_by=self._expect_by,
+            warn_once=self._warn_once,
+        )
+        self._reader = PacketReader(
+            version=version,
+            maximum_packet_size=config.maximum_packet_size,
+            topic_alias_maximum=config.topic_alias_maximum,
+            generation=generation,
+            source=self.receiver,
+        )
         self.sender = Sender(config, session, self._writer, outbox, counters, version=version, generation=generation)
         self.deadlines = Deadlines(config, trio.current_time(), config.wall_clock())
         self._timer = trio.CancelScope()
-        self._acknowledged = trio.Event()
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
         self._requests: dict[int, Request] = {}
         self._closing = False
         self._eof = trio.Event()
-        self.intercept: tuple[str, Callable[[Message[Any]], None]] | None = None
-        """While the broker is being tested: a topic of our own, and who gets its messages instead of the inbox."""
 
     async def run(self, session: Callable[[Connection], Awaitable[None]]) -> None:
         """Run the loops and ``session`` in the child nursery until either ends; afterwards ``cause`` tells why.
@@ -149,7 +151,8 @@ class Connection:
                     self.fail(exc)
                 nursery.cancel_scope.cancel(reason="the session of this connection ended")
         finally:
-            self.ended = True
+            self.ended = self.receiver.ended = True
+            self.sender.close()
             try:
                 await trio.aclose_forcefully(self._stream)
             finally:  # it closes the stream even if we are cancelled, but then raises
@@ -163,7 +166,7 @@ class Connection:
             request.reply.fail(error)
             self.session.ids.release(packet_id)
         self.session.on_processed = None
-        self._incoming.end()
+        self.receiver.end()
         self.session.outgoing.drop_own()
         self.sender.ended(self.cause)
         if self.version == 5 and not self.session.unanswered:
@@ -176,7 +179,7 @@ class Connection:
         """The first fault is the cause, and ends the connection."""
         if self.cause is None and not self.ended:
             self.cause = self.deadlines.explain(error, trio.current_time(), self.config.wall_clock())
-            self.sender.closing = True
+            self.sender.close()
             self._scope.cancel(reason=f"connection lost: {self.cause}")
 
     # -- requests: each returns the Reply to wait for ----------------------------------------------------------------
@@ -199,7 +202,7 @@ class Connection:
         self.resumed = session_present
         self.in_doubt = self.session.unanswered > 1
         self._outbox.put_back(self.session.begin(present=session_present))
-        self.session.on_processed = self.acknowledge
+        self.session.on_processed = self.receiver.acknowledge
         self.sender.begin(limits)
         seconds = self.config.keep_alive if limits.server_keep_alive is None else limits.server_keep_alive
         self.deadlines.keep_alive = seconds or math.inf
@@ -264,18 +267,15 @@ class Connection:
         Closing at once could reset the connection with the DISCONNECT unread, and the will would be published.
         """
         if self.config.ack_patience < math.inf:
-            self._answer(self._incoming.overtake_late(math.inf))  # it is now or never
-        self._closing = self.sender.closing = True
+            self.receiver.overtake_late(math.inf)  # it is now or never
+        self.receiver.collect()
+        self._closing = True
+        self.sender.close()
         packet = self._control.disconnect_packet(end_session=end_session and self.config.stable_id)
         self._writer.write_last(packet)
         await self._eof.wait()
 
     # -- messages -----------------------------------------------------------------------------------------------------
-
-    @property
-    def unacknowledged(self) -> int:
-        """Incoming messages that are not acknowledged yet."""
-        return len(self._incoming)
 
     def go_live(self) -> None:
         """The subscriptions are there: from now on publishes go out, and their acknowledgements may be overdue."""
@@ -283,50 +283,9 @@ class Connection:
         self._expect_by(trio.current_time())
         self.sender.go_live()
 
-    def acknowledge(self, message: Message[Any]) -> bool:
-        """A message of this connection was processed by everybody. A no-op, counted, when the connection is over: but
-        that of QoS 2 belongs to the session, which may go on."""
-        if message._code and self.version != 5:  # pyright: ignore[reportPrivateUsage]  # as _source below
-            message._code = 0  # pyright: ignore[reportPrivateUsage]
-            self._warn_once("a refusal of a message needs MQTT 5, and is an acknowledgement like any other")
-        if not self.ended:
-            packets = self._incoming.acknowledge(message)
-            if packets:
-                self._writer.answer(packets)
-                self._acknowledged.set()
-            else:
-                self._wait_turn(message)
-            return True
-        if self.keeps(message):
-            self.session.processed(message)
-            return True
-        self._counters.stale_acknowledgements += 1
-        return False
-
-    def _wait_turn(self, message: Message[Any]) -> None:
-        self._incoming.wait(message, trio.current_time())
-        self._expect_by(self._incoming.look_at)
-
-    def _answer(self, packets: bytes) -> None:
-        if packets:
-            self._writer.answer(packets)
-        self._acknowledged.set()
-
-    @property
-    def overtakes(self) -> bool:
-        return self._incoming.overtakes
-
-    def overtake(self, message: Message[Any]) -> None:
-        """A message that has just come queues behind one that holds up others: it is to hold up none."""
-        self._answer(self._incoming.overtake(message))
-
-    def keeps(self, message: Message[Any]) -> bool:
-        """Whether a message that it brought can still be acknowledged, some day."""
-        return not self.ended or (message.qos == 2 and self._incoming.keeps(message))
-
     async def _write_loop(self) -> None:
         try:
-            await self._writer.run(self._flushed)
+            await self._writer.run(self.receiver.collect, self._flushed)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
             if not self._closing:
                 self.fail(lost(exc, "writing to the broker"))
@@ -352,11 +311,7 @@ class Connection:
             self._counters.bytes_in += len(data)
             messages: list[Message[Any]] = []
             try:
-                for packet in self._reader.feed(data):
-                    if isinstance(packet, Message):
-                        self._take_message(packet, messages)
-                    else:
-                        self._take(packet)
+                self._take_packets(self._reader.feed(data), messages)
             except ProtocolError as exc:
                 self.fail(exc)
             self.deadlines.mid_packet = self._reader.mid_packet
@@ -366,7 +321,7 @@ class Connection:
             if messages:
                 self._counters.messages_in += len(messages)
                 if self._inbox.retired:
-                    self._answer(self._incoming.forget(messages))
+                    self.receiver.forget(messages)
                 self._inbox.deliver(messages, copies=bool(self.session.copies))
             if self._writer.answers > _MOST_ANSWERS:
                 self.fail(
@@ -376,7 +331,7 @@ class Connection:
             if self._inbox.crowded:
                 await self._inbox.give_way()
             # Only for messages of this link: a queue that is full since the last one must not hide the handshake.
-            full = self._inbox.full or self._incoming.full
+            full = self._inbox.full or self.receiver.full
             if messages and full and not self._inbox.retired:
                 await self._pause()
 
@@ -389,44 +344,33 @@ class Connection:
         self.deadlines.paused = True
         while self._inbox.full:
             await self._inbox.wait_room()
-        # Not what waits for PUBREL: that comes from the broker, and could not be read.
-        while self._incoming.full:
-            self._acknowledged = trio.Event()
-            await self._acknowledged.wait()
+        await self.receiver.wait_room()
         self.deadlines.resume(trio.current_time())
+
+    def _take_packets(self, packets: list[Packet], messages: list[Message[Any]]) -> None:
+        """Act on packets, and append the messages that are for the application. Raises ``ProtocolError``."""
+        qos = self._reader.plain_qos
+        if qos is not None and self.receiver.take_row(row := cast("list[Message[Any]]", packets), qos):
+            messages += row
+            return
+        for packet in packets:
+            if isinstance(packet, Message):
+                if self.receiver.take(packet):
+                    messages.append(packet)
+            elif isinstance(packet, list):
+                self.sender.take_pubacks(packet)
+            else:
+                self._take(packet)
 
     def _take(self, packet: Ack | bytes) -> None:
         if isinstance(packet, tuple):
             first, packet_id, code, reason = packet
             if first == PUBREL:
-                self._answer(self._incoming.release(packet_id, self.version))
+                self.receiver.release(packet_id)
             else:
                 self.sender.take_ack(first, packet_id, code, reason)
         else:
             self._take_control(packet)
-
-    def _take_message(self, message: Message[Any], messages: list[Message[Any]]) -> None:
-        message._source = self  # pyright: ignore[reportPrivateUsage]  # the link between a message and its connection
-        if message.qos == 1:
-            self._incoming.publish_1(message)
-        elif message.qos:
-            new, answer = self._incoming.publish(message)
-            if answer:
-                self._writer.answer(answer)
-            if not new:
-                if not answer:
-                    self._wait_turn(message)
-                return
-        if message.qos and self._incoming.overrun and self.version == 5:
-            raise ProtocolError(
-                f"protocol error: {len(self._incoming)} unacknowledged messages, announced was a "
-                f"Receive Maximum of {self._incoming.maximum} [MQTT-3.3.4-9]"
-            )
-        if self.intercept is not None and message.topic == self.intercept[0]:
-            self.intercept[1](message)
-            message._done()  # pyright: ignore[reportPrivateUsage]
-            return
-        messages.append(message)
 
     def _take_control(self, packet: bytes) -> None:
         if packet[0] == PINGRESP:
@@ -490,8 +434,8 @@ class Connection:
                 error = self.deadlines.overdue(now)
                 if error is not None:
                     self.fail(error)
-                if self._incoming.look_at <= now:
-                    self._answer(self._incoming.overtake_late(now))
-                look_at = min(self.deadlines.look_at(now), self._incoming.look_at)
+                if self.receiver.look_at <= now:
+                    self.receiver.overtake_late(now)
+                look_at = min(self.deadlines.look_at(now), self.receiver.look_at)
                 self._timer.deadline = min(look_at, now + CLOCKS_EVERY)
                 await trio.sleep_forever()

@@ -8,7 +8,7 @@ that sleeps holds up nobody else's messages, acknowledgements or keep-alive.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -70,6 +70,9 @@ class Dispatcher:
             self._targets.clear()
             self._targets_version = self._registry.version
         cache = self._targets
+        row: list[Message[Any]] = []
+        owner: Subscription[Any] | None = None
+        """Messages that come after one another for one subscription are put there together."""
         for message in messages:
             targets = cache.get(message.topic)
             if targets is None:
@@ -82,10 +85,15 @@ class Dispatcher:
             if copies and len(targets) > 1 and not message.retain:
                 targets = self._deal(message, targets)
             if len(targets) == 1 and not message.retain:
-                subscription = targets[0][1]  # as _put
-                if subscription.put(message):
-                    self._crowd(subscription)
-            elif len(targets) == 1:
+                subscription = targets[0][1]
+                if subscription is not owner:
+                    self._put_row(owner, row)
+                    owner, row = subscription, []
+                row.append(message)
+                continue
+            self._put_row(owner, row)
+            owner, row = None, []
+            if len(targets) == 1:
                 self._put(message, *targets[0])
             elif targets:
                 message._open = len(targets)  # pyright: ignore[reportPrivateUsage]
@@ -94,6 +102,11 @@ class Dispatcher:
             else:
                 self._counters.unrouted += 1
                 message._done()  # pyright: ignore[reportPrivateUsage]
+        self._put_row(owner, row)
+
+    def _put_row(self, subscription: Subscription[Any] | None, row: list[Message[Any]]) -> None:
+        if subscription is not None and subscription.put(row):
+            self._crowd(subscription)
 
     def _deal(self, message: Message[Any], targets: tuple[Target, ...]) -> tuple[Target, ...]:
         """The targets that this copy is for. Retained messages are not dealt out: a filter that is subscribed later
@@ -112,8 +125,7 @@ class Dispatcher:
     ) -> None:
         if message.retain and not registration.options.retain_as_published:
             message.replayed = 0 < subscription.first_generation < message.generation
-        if subscription.put(message):
-            self._crowd(subscription)
+        self._put_row(subscription, [message])
 
     def _crowd(self, subscription: Subscription[Any]) -> None:
         self._crowded.add(subscription)
@@ -279,23 +291,19 @@ class Dispatcher:
         assert handler is not None
         self._handling.add(subscription)
         try:
-            async for message in subscription:
-                try:
-                    outcome = handler(message)
-                    if outcome is not None and isinstance(outcome, Awaitable):
-                        await outcome
-                except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
-                    self.failed(subscription, message, exc)
-                    if self._on_handler_error is not None:
-                        return
+            await subscription._handle(handler)  # pyright: ignore[reportPrivateUsage]
         finally:
             self._handling.discard(subscription)
             self._idle.set()
 
-    def failed(self, subscription: Subscription[Any], message: Message[Any], error: Exception) -> None:
-        """The policy for other people's bugs, in handlers of messages and of dead letters. Cancellation is none."""
+    def failed(self, subscription: Subscription[Any], message: Message[Any], error: Exception) -> bool:
+        """The policy for other people's bugs, in handlers of messages and of dead letters. Cancellation is none.
+
+        Whether the handler shall not go on.
+        """
         subscription.handler_failed()
         if self._on_handler_error is not None:
             self._on_handler_error(error)
-        else:
-            logger.error("handler of %r failed on %r", subscription.topic_filter, message, exc_info=error)
+            return True
+        logger.error("handler of %r failed on %r", subscription.topic_filter, message, exc_info=error)
+        return False

@@ -218,16 +218,22 @@ class MQTTDriver:
         then is given up, and the broker is told what is left of it (MQTT 5).
 
         Blocks while the outbox is full, too. With QoS 0 on a live link it does not: it is a cancel point then, and
-        lets others run every 32nd time or millisecond. Cancelling before the message is accepted has no effect;
+        lets others run every 256th time or millisecond. Cancelling before the message is accepted has no effect;
         afterwards it ends the wait and not the delivery.
 
         Raises ``ValueError`` or ``TypeError`` for bad arguments, ``ServerLimitError``, `PublishError` (refused,
         expired, overdue, dropped, …: see there), ``OutboxFileError``, ``NotConnectedError`` (``offline="fail"``
         only) and ``DriverClosedError``.
         """
+        if qos == 0 and qos is not False and retain is False and priority == 0 and offline is None and not properties:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            live = self._supervisor.live
+            if live is not None and (sent := live.sender.express.publish_0(topic, payload)) is not None:
+                if sent.turns.over():
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                return sent.result
         policy = self.config.offline if offline is None else offline_policy(offline)
-        outgoing = make_outgoing(topic, payload, qos, retain, priority, policy, properties)
-        return await self._publisher.publish(outgoing)
+        return await self._publisher.publish(make_outgoing(topic, payload, qos, retain, priority, policy, properties))
 
     def publish_nowait(
         self,
@@ -246,9 +252,17 @@ class MQTTDriver:
         ``OutboxFullError``, ``ServerLimitError``, ``NotConnectedError`` (``offline="fail"``) and
         ``DriverClosedError``.
         """
+        live = self._supervisor.live
+        if live is not None and retain is False and priority == 0 and offline is None and not properties:
+            receipt: Receipt | None = None
+            if qos == 1 and qos is not True:
+                receipt = live.sender.express.publish_1(topic, payload)
+            elif qos == 0 and qos is not False:
+                receipt = live.sender.express.publish_0(topic, payload)
+            if receipt is not None:
+                return receipt
         policy = self.config.offline if offline is None else offline_policy(offline)
-        outgoing = make_outgoing(topic, payload, qos, retain, priority, policy, properties)
-        return self._publisher.publish_nowait(outgoing)
+        return self._publisher.publish_nowait(make_outgoing(topic, payload, qos, retain, priority, policy, properties))
 
     async def drain(self) -> tuple[Undelivered, ...]:
         """Wait until all that was published so far is acknowledged, for ``drain_timeout`` at most; return what of it
@@ -257,12 +271,7 @@ class MQTTDriver:
         An outage is waited out, within that time. The driver goes on as before. Leaving it drains by itself.
         Cancelling ends the wait and nothing else. Raises ``DriverClosedError``, but not if the driver ends meanwhile.
         """
-        await trio.lowlevel.checkpoint()
-        self._check_open()
-        published = self._supervisor.undelivered
-        with trio.move_on_after(self.config.drain_timeout):
-            await wait_settled(published)
-        return tuple(outgoing.undelivered() for outgoing in published if outgoing.left_behind)
+        return await self._publisher.drain()
 
     @property
     def undelivered(self) -> tuple[Undelivered, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 import attrs
 
 from ._errors import ProtocolError
-from ._packets import PUBACK, PUBCOMP, PUBREC, encode_ack
+from ._packets import PUBACK, PUBCOMP, PUBREC, encode_ack, encode_pubacks
 from ._types import Message, ReasonCode
 
 _PASSED_BYTES = 1024 * 1024
@@ -106,16 +106,19 @@ class IncomingWindow:
         """Those of QoS 2 for which PUBREC is to be sent; the others of ``_qos2`` wait for the broker's PUBREL."""
         self._bytes = 0
         self._line = _Line()
+        self.processed: list[Message[Any]] = []
+        """Messages of QoS 1 that are processed and whose PUBACK has not been asked for: ``collect`` has them all at
+        once. It must come before anything else that acknowledges, since they are not in the line of what is due."""
         self.overtakes = False
         """Whether any message has been overtaken yet."""
 
     def __len__(self) -> int:
-        return self._qos1 + len(self._qos2)
+        return self._qos1 + len(self._qos2) - len(self.processed)
 
     @property
     def unanswered(self) -> int:
         """Those for which PUBACK or PUBREC is to be sent."""
-        return self._qos1 + len(self._owed)
+        return self._qos1 + len(self._owed) - len(self.processed)
 
     @property
     def full(self) -> bool:
@@ -134,9 +137,55 @@ class IncomingWindow:
         self._line.messages.append(message)
 
     @property
+    def room(self) -> int:
+        """How many more the broker may send."""
+        return self.maximum - self._qos1 - len(self._qos2)
+
+    def publish_row(self, messages: list[Message[Any]]) -> None:
+        """Take PUBLISHes of QoS 1; those of QoS 0 in between are nothing for here."""
+        line = self._line.messages
+        count = size = 0
+        for message in messages:
+            if message.qos:
+                line.append(message)
+                count += 1
+                size += len(message.payload)
+        self._qos1 += count
+        self._bytes += size
+
+    def collect(self, now: float) -> bytes:
+        """Acknowledge what was put into ``processed``: what is to be sent now, in order.
+
+        Most often it is their turn, one after the other; what has to wait for it waits from ``now`` on.
+        """
+        processed, self.processed = self.processed, []
+        line = self._line
+        waiting = line.messages
+        packet_ids: list[int] = []
+        size = 0
+        if not line.due and not line.passed:
+            for message in processed:
+                if not waiting or waiting[0] is not message:  # it may have been overtaken, long ago
+                    break
+                waiting.popleft()
+                packet_ids.append(message.packet_id)
+                size += len(message.payload)
+            self._qos1 -= len(packet_ids)
+            self._bytes -= size
+        answers = encode_pubacks(packet_ids)
+        if len(packet_ids) == len(processed):
+            return answers
+        for message in processed[len(packet_ids) :]:
+            if message._overtaken:
+                answers += self._answer(message)
+            else:
+                line.due[message] = now
+        return answers + self._answers()
+
+    @property
     def overrun(self) -> bool:
         """Whether the broker has sent more than it may."""
-        return self._qos1 + len(self._qos2) > self.maximum
+        return self.room < 0
 
     def publish(self, message: Message[Any]) -> tuple[bool, bytes]:
         """Take a QoS 1 or 2 PUBLISH: whether it is new, and what to answer at once."""
@@ -240,9 +289,11 @@ class IncomingWindow:
     def end(self) -> None:
         """The connection is over, and its messages may be kept for long: they must not keep each other."""
         self._line = _Line()
+        self.processed.clear()
         self._owed.clear()
 
     def _answers(self) -> bytes:
+        assert not self.processed
         return b"".join([self._answer(message) for message in self._line.take_due()])
 
     def _answer(self, message: Message[Any]) -> bytes:

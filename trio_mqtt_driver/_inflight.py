@@ -7,7 +7,7 @@ the record of received QoS 2 identifiers outlive it: what is open is taken up ag
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections.abc import Iterable
 
 from ._errors import ProtocolError
 from ._outgoing import Outgoing
@@ -18,42 +18,40 @@ class PacketIds:
     """Packet Identifiers of one session: PUBLISH, SUBSCRIBE and UNSUBSCRIBE share them [MQTT-2.2.1]."""
 
     def __init__(self) -> None:
-        self._last = 0
-        self._used: set[int] = set()
+        self.last = 0
+        self.used: set[int] = set()
 
     def allocate(self) -> int:
         """The next one that is not in use. The window keeps far fewer than 65,535 in use at a time."""
-        if len(self._used) >= 65535:
+        if len(self.used) >= 65535:
             raise RuntimeError("all 65535 packet identifiers are in use")
         while True:
-            self._last = self._last % 65535 + 1
-            if self._last not in self._used:
-                self._used.add(self._last)
-                return self._last
+            self.last = self.last % 65535 + 1
+            if self.last not in self.used:
+                self.used.add(self.last)
+                return self.last
 
     def release(self, packet_id: int) -> None:
-        self._used.discard(packet_id)
+        self.used.discard(packet_id)
 
     def clear(self) -> None:
         """Another session begins, and no identifier is in use in it."""
-        self._used.clear()
+        self.used.clear()
 
 
 class _Line(dict[int, Outgoing]):
     """Packet Identifier → message, in the order in which acknowledgements are due [MQTT-4.6.0-2]."""
 
-    moved_on = -math.inf
-    """When the first in line was acknowledged last."""
+    since = -math.inf
+    """When the first in line was sent, or became the first, whichever was later; only if it was sent at all."""
 
     @property
-    def waiting_since(self) -> float:
-        if not self:
-            return math.inf
-        return max(next(iter(self.values())).sent_at, self.moved_on)
+    def first(self) -> Outgoing | None:
+        return next(iter(self.values()), None)
 
     def take(self, packet_id: int, now: float) -> Outgoing | None:
         if self and next(iter(self)) == packet_id:
-            self.moved_on = now
+            self.since = now
         return self.pop(packet_id, None)
 
 
@@ -68,11 +66,14 @@ class OutgoingWindow:
         self._ids = ids
         self._sent = _Line()
         self._released = _Line()
-        self._unflushed: deque[Outgoing] = deque()
+        self._flushed = 0
+        """Bytes of this connection that have left."""
         self._unsent: dict[int, None] = {}
         """Identifiers of what an older connection left open, and that was not sent on this one yet."""
         self._count = 0
         self.size = size
+        self.alone: Outgoing | None = None
+        """A suspect that is on its way, with nothing beside it that could be the reason if the connection ends."""
 
     def __len__(self) -> int:
         return len(self._sent) + len(self._released)
@@ -82,9 +83,21 @@ class OutgoingWindow:
         """How many more the broker takes: what was not sent on this connection does not count [MQTT-4.9.0-1]."""
         return self.size - len(self) + len(self._unsent)
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether there is room for another one now, and nothing that it must not overtake."""
+        return not self._unsent and self.alone is None and len(self._sent) + len(self._released) < self.size
+
     def add(self, outgoing: Outgoing) -> int:
-        """Open an exchange: the Packet Identifier for its PUBLISH."""
-        packet_id = self._ids.allocate()
+        """Open an exchange: the Packet Identifier for its PUBLISH. Set its ``wire_end`` when that is written."""
+        outgoing.wire_end = math.inf
+        ids = self._ids
+        packet_id = ids.last + 1
+        if packet_id in ids.used or packet_id > 65535:
+            packet_id = ids.allocate()
+        else:  # as there
+            ids.last = packet_id
+            ids.used.add(packet_id)
         self._sent[packet_id] = outgoing
         self._count += 1
         outgoing.order = self._count
@@ -96,10 +109,9 @@ class OutgoingWindow:
         First PUBREL in the order of the PUBRECs, then PUBLISH in the order of the first sending [MQTT-4.6.0-1, -4].
         """
         self._unsent = dict.fromkeys((*self._released, *self._sent))
-        self._unflushed.clear()
-        self._sent.moved_on = self._released.moved_on = -math.inf
+        self._flushed = 0
         for outgoing in (*self._released.values(), *self._sent.values()):
-            outgoing.sent_at = math.inf
+            outgoing.wire_end = math.inf
 
     def messages(self) -> list[Outgoing]:
         """Those that somebody published, in the order of sending."""
@@ -119,7 +131,7 @@ class OutgoingWindow:
     def suspect(self) -> tuple[int, Outgoing] | None:
         """The PUBLISH that the broker would have answered next, if it has been sent on this connection."""
         first = next(iter(self._sent.items()), None)
-        return first if first is not None and first[1].sent_at < math.inf else None
+        return first if first is not None and first[1].wire_end <= self._flushed else None
 
     @property
     def on_the_wire(self) -> int:
@@ -135,7 +147,7 @@ class OutgoingWindow:
     def suspect_all(self) -> None:
         """Any of those that were sent on this connection may be why it has ended."""
         for outgoing in self._sent.values():
-            if outgoing.sent_at < math.inf:
+            if outgoing.wire_end <= self._flushed:
                 outgoing.suspected = True
 
     def take_unsent(self) -> tuple[int, Outgoing, bool]:
@@ -159,16 +171,13 @@ class OutgoingWindow:
         for packet_id in [packet_id for packet_id, outgoing in self._sent.items() if outgoing.on_settled is None]:
             self.drop(packet_id)
 
-    def written(self, outgoing: Outgoing, wire_end: int) -> None:
-        """Its PUBLISH or PUBREL is in the write buffer and ends at ``wire_end`` of the bytes of this connection."""
-        outgoing.wire_end = wire_end
-        outgoing.sent_at = math.inf
-        self._unflushed.append(outgoing)
-
     def flushed(self, total: int, now: float) -> None:
-        """``total`` bytes of this connection have left: their acknowledgements are due from ``now``."""
-        while self._unflushed and self._unflushed[0].wire_end <= total:
-            self._unflushed.popleft().sent_at = now
+        """``total`` bytes of this connection have left: acknowledgements of what they hold are due from ``now``."""
+        for line in (self._sent, self._released):
+            first = line.first
+            if first is not None and self._flushed < first.wire_end <= total:
+                line.since = now
+        self._flushed = total
 
     @property
     def oldest_sent_at(self) -> float:
@@ -177,7 +186,33 @@ class OutgoingWindow:
         That is since it was sent, or since the one before it was acknowledged: a broker that is slow but goes on
         acknowledging in order is not late.
         """
-        return min(self._sent.waiting_since, self._released.waiting_since)
+        return min(self._waiting_since(self._sent), self._waiting_since(self._released))
+
+    def _waiting_since(self, line: _Line) -> float:
+        first = line.first
+        return math.inf if first is None or first.wire_end > self._flushed else line.since
+
+    def take_pubacks(self, packet_ids: Iterable[int], now: float, taken: list[Outgoing]) -> None:
+        """Take PUBACKs that say success, and append to ``taken`` the messages whose exchanges they end.
+
+        As ``acknowledge``, for many at a time. Raises ``ProtocolError``, which leaves alone what came before it.
+        """
+        sent = self._sent
+        release = self._ids.used.discard
+        first = sent.first
+        for packet_id in packet_ids:
+            outgoing = sent.get(packet_id)
+            if outgoing is None or outgoing.qos != 1:
+                self.acknowledge(PUBACK, packet_id, 0, now)  # of nothing, or a fault
+                continue
+            del sent[packet_id]
+            release(packet_id)
+            taken.append(outgoing)
+        if self._unsent:
+            for packet_id in packet_ids:
+                self._unsent.pop(packet_id, None)
+        if sent.first is not first:
+            sent.since = now
 
     def acknowledge(self, first: int, packet_id: int, code: int, now: float) -> tuple[Outgoing | None, bytes]:
         """Take a PUBACK, PUBREC or PUBCOMP: the outgoing whose exchange it ends, if any, and the answer to send.
@@ -198,7 +233,8 @@ class OutgoingWindow:
         if first == PUBREC and code < 0x80:
             if outgoing is not None:
                 self._sent.take(packet_id, now)
-                outgoing.sent_at = now
+                if not self._released:
+                    self._released.since = now
                 self._released[packet_id] = outgoing
                 self._unsent.pop(packet_id, None)
             return None, encode_ack(PUBREL, packet_id)
@@ -221,6 +257,6 @@ class OutgoingWindow:
             self._ids.release(packet_id)
         self._sent.clear()
         self._released.clear()
-        self._unflushed.clear()
+        self._flushed = 0
         self._unsent.clear()
         return messages

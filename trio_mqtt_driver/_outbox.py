@@ -32,7 +32,7 @@ from ._errors import (
 from ._history import Counters
 from ._outgoing import Outgoing
 from ._store import Store
-from ._types import OfflinePolicy
+from ._types import OfflinePolicy, ReasonCode
 
 logger = logging.getLogger("trio_mqtt_driver")
 
@@ -51,7 +51,8 @@ class Outbox:
         self._lanes: list[tuple[int, deque[Outgoing]]] = []
         """Highest priority first."""
         self._waiting = 0
-        self._waiting_qos0 = 0
+        self.waiting_qos0 = 0
+        """How many QoS 0 messages wait here, which later ones must not overtake."""
         self._given_up = 0  # settled, and still in a lane
         self._latest: dict[bytes, Outgoing] = {}
         """By topic: the one that waits with ``OfflinePolicy.LATEST``."""
@@ -61,6 +62,7 @@ class Outbox:
         self._timer = trio.CancelScope()
         self._turn = trio.StrictFIFOLock()
         self._room = trio.Event()
+        self._on_settled = self._settled
         self.accepted = 0
         self.accepted_bytes = 0
         self.accused: Outgoing | None = None
@@ -68,11 +70,6 @@ class Outbox:
 
     def __len__(self) -> int:
         return self._waiting - self._given_up
-
-    @property
-    def holds_qos0(self) -> bool:
-        """Whether a QoS 0 message waits here, which later ones must not overtake."""
-        return self._waiting_qos0 > 0
 
     # -- in -----------------------------------------------------------------------------------------------------------
 
@@ -137,9 +134,14 @@ class Outbox:
 
     def admit(self, outgoing: Outgoing) -> bool:
         """Take a message in that is sent at once: if there is room, and nothing waits before it."""
-        if self._waiting or not self._has_room(outgoing):
+        size = self.accepted_bytes + outgoing.size
+        if self._waiting or (
+            self.accepted and (self.accepted >= self._max_messages or size > self._max_bytes)  # as _has_room
+        ):
             return False
-        self._count(outgoing)
+        self.accepted += 1
+        self.accepted_bytes = size
+        outgoing.on_settled = self._on_settled
         if self._store is not None:
             self._store.add(outgoing)
         return True
@@ -165,7 +167,7 @@ class Outbox:
     def _count(self, outgoing: Outgoing) -> None:
         self.accepted += 1
         self.accepted_bytes += outgoing.size
-        outgoing.on_settled = self._settled
+        outgoing.on_settled = self._on_settled
 
     def _enter(self, outgoing: Outgoing) -> None:
         self._count(outgoing)
@@ -175,7 +177,7 @@ class Outbox:
     def _queued(self, outgoing: Outgoing) -> None:
         outgoing.queued = True
         self._waiting += 1
-        self._waiting_qos0 += outgoing.qos == 0
+        self.waiting_qos0 += outgoing.qos == 0
         if outgoing.offline is OfflinePolicy.LATEST:
             self._latest[outgoing.raw_topic] = outgoing
 
@@ -231,7 +233,7 @@ class Outbox:
 
     def _left(self, outgoing: Outgoing) -> None:
         self._waiting -= 1
-        self._waiting_qos0 -= outgoing.qos == 0
+        self.waiting_qos0 -= outgoing.qos == 0
         if self._latest and self._latest.get(outgoing.raw_topic) is outgoing:
             del self._latest[outgoing.raw_topic]
 
@@ -271,12 +273,32 @@ class Outbox:
         if outgoing.row and self._store is not None and not isinstance(outgoing.error, MessageLostError):
             self._store.remove(outgoing)
 
+    def acknowledged(self, messages: Iterable[Outgoing], generation: int, now: float) -> None:
+        """The guarantee of their QoS is met, with success. As ``Outgoing.acknowledged``, for many at a time."""
+        outcome = ReasonCode.SUCCESS, generation, now
+        count = size = 0
+        for outgoing in messages:
+            if outgoing.done:
+                continue
+            if outgoing.row or outgoing.on_settled is not self._on_settled:
+                outgoing.acknowledged(ReasonCode.SUCCESS, generation, now)
+                continue
+            count += 1
+            size += outgoing.size
+            outgoing.outcome = outcome
+            outgoing.done = True
+            if outgoing.waiter is not None:
+                outgoing.waiter.set()
+        self.accepted -= count
+        self.accepted_bytes -= size
+        self._room.set()
+
     def _sweep(self) -> None:
         self._lanes = [
             (priority, kept) for priority, lane in self._lanes if (kept := deque(one for one in lane if not one.done))
         ]
         self._waiting = sum(len(lane) for _, lane in self._lanes)
-        self._waiting_qos0 = sum(one.qos == 0 for one in self._everything())
+        self.waiting_qos0 = sum(one.qos == 0 for one in self._everything())
         self._given_up = 0
 
     def quarantine(self, outgoing: Outgoing, reason: str) -> None:

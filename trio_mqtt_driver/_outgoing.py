@@ -17,44 +17,113 @@ _OVERHEAD = 200
 """Bytes that an accepted message costs besides its topic, payload and properties, roughly."""
 
 
-@attrs.define(eq=False)
-class Outgoing:
+class Receipt:
+    """What became, or will become, of one ``publish_nowait()``."""
+
+    __slots__ = ()
+
+    done: bool
+    """Whether the outcome is known, so that ``wait()`` does not block."""
+
+    async def wait(self) -> PublishResult:
+        """Wait for the QoS guarantee to be met, and return how; any number of tasks may wait.
+
+        Cancelling the wait does not cancel the delivery. Raises a `PublishError`: refused, expired, superseded,
+        dropped, quarantined, or lost because the driver was left first; ``ServerLimitError``; and, if it was published
+        with ``offline="fail"``, ``NotConnectedError``.
+        """
+        raise NotImplementedError
+
+
+class Sent(Receipt):
+    """For all that one connection took at once with QoS 0: there is no more to tell, of any of them."""
+
+    __slots__ = ("result", "turns")
+
+    done = True
+
+    def __init__(self, generation: int, turns: Turns) -> None:
+        self.turns = turns
+        self.result = PublishResult(reason_code=ReasonCode.SUCCESS, generation=generation, attempts=1, latency=0.0)
+
+    def __repr__(self) -> str:
+        return "<Receipt qos=0 sent>"
+
+    async def wait(self) -> PublishResult:
+        await self.turns.wait()
+        return self.result
+
+
+class Outgoing(Receipt):
     """One message on its way out, from acceptance to its outcome."""
 
-    topic: str
-    raw_topic: bytes
-    payload: bytes = attrs.field(repr=False)
-    qos: int
-    retain: bool
-    properties: bytes
+    # What stays as it is for most messages is kept in the class: one is made per publish.
+
+    retain = False
+    properties = b"\0"
     """The MQTT 5 property block, without Message Expiry."""
-    accepted_at: float
     expiry: int | None = None
     """Message Expiry in seconds, counted from ``accepted_at``."""
-    priority: int = 0
-    offline: OfflinePolicy = OfflinePolicy.WAIT
-    row: int = 0
+    priority = 0
+    row = 0
     """Its number in the outbox file; 0 if it is in none."""
-    attempts: int = 0
-    sent_at: float = math.inf
-    """When its last byte left for the network; not before that can an acknowledgement be overdue."""
-    wire_end: int = 0
-    order: int = 0
+    attempts = 0
+    """On how many connections it was sent."""
+    wire_end = math.inf
+    """Where its last packet ends among the bytes of the present connection; infinite if it is in none of them."""
+    order = 0
     """Among the messages of QoS 1 and 2 of its session."""
-    queued: bool = False
+    queued = False
     """Whether it is in the outbox and not on a connection."""
-    parked: bool = False
+    parked = False
     """Whether the link was lost, so that whoever does not want to wait for the next one need not."""
-    blamed: int = 0
+    blamed = 0
     """On how many connections in a row it was the next to be acknowledged when the broker ended them."""
-    suspected: bool = False
+    suspected = False
     """Whether it must be sent alone, since connections have ended over it or one that was sent with it."""
-    done: bool = False
+    done = False
     error: Exception | None = None
+    outcome: PublishResult | tuple[ReasonCode, int, float] | None = None
+    """What there is if it is ``done`` without ``error``; see ``result``."""
     on_settled: Callable[[Outgoing], None] | None = None
-    _outcome: PublishResult | tuple[ReasonCode, int, float] | None = None
-    _event: trio.Event | None = None
-    _size: int = 0
+    turns: Turns | None = None
+    """Of the publisher."""
+    waiter: trio.Event | None = None
+    """Set at the next change, if somebody waits for one."""
+
+    def __init__(
+        self,
+        topic: str,
+        raw_topic: bytes,
+        payload: bytes,
+        qos: int,
+        retain: bool,
+        properties: bytes,
+        accepted_at: float,
+        expiry: int | None = None,
+        priority: int = 0,
+        offline: OfflinePolicy = OfflinePolicy.WAIT,
+        row: int = 0,
+        attempts: int = 0,
+    ) -> None:
+        self.topic = topic
+        self.raw_topic = raw_topic
+        self.payload = payload
+        self.qos = qos
+        self.retain = retain
+        self.properties = properties
+        self.accepted_at = accepted_at
+        self.expiry = expiry
+        self.priority = priority
+        self.offline = offline
+        self.row = row
+        self.attempts = attempts
+        self.size = len(raw_topic) + len(payload) + len(properties) + _OVERHEAD
+        """Bytes that it counts for in the outbox."""
+
+    def __repr__(self) -> str:
+        state = "waiting" if not self.done else "failed" if self.error is not None else "acknowledged"
+        return f"<Receipt {self.topic!r} qos={self.qos} {state}>"
 
     @property
     def expires_at(self) -> float:
@@ -70,13 +139,6 @@ class Outgoing:
     def left_behind(self) -> bool:
         """Whether it has no outcome, or only that the driver ended first."""
         return not self.done or isinstance(self.error, MessageLostError)
-
-    @property
-    def size(self) -> int:
-        """Bytes that it counts for in the outbox."""
-        if not self._size:
-            self._size = len(self.raw_topic) + len(self.payload) + len(self.properties) + _OVERHEAD
-        return self._size
 
     def undelivered(self) -> Undelivered:
         return Undelivered(
@@ -101,12 +163,12 @@ class Outgoing:
             await self._change()
 
     async def _change(self) -> None:
-        if self._event is None:
-            self._event = trio.Event()
-        await self._event.wait()
+        if self.waiter is None:
+            self.waiter = trio.Event()
+        await self.waiter.wait()
 
     def _changed(self) -> None:
-        event, self._event = self._event, None
+        event, self.waiter = self.waiter, None
         if event is not None:
             event.set()
 
@@ -122,26 +184,31 @@ class Outgoing:
         return NotConnectedError(f"publish to {self.topic!r}: {what} ({diagnosis})")
 
     async def wait(self) -> PublishResult:
-        await self.settled()
+        if not self.done or self.turns is None:
+            await self.settled()
+        elif self.turns.over():
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
         return self.result()
 
     def result(self) -> PublishResult:
         """What came of it; raises if that is an error. Only when it is ``done``."""
         if self.error is not None:
             raise self.error
-        outcome = self._outcome
+        outcome = self.outcome
         assert outcome is not None
-        if isinstance(outcome, tuple):  # most outcomes nobody asks for, and an attrs value costs as much as a packet
-            code, generation, at = outcome
-            outcome = self._outcome = PublishResult(
-                reason_code=code, generation=generation, attempts=self.attempts, latency=at - self.accepted_at
-            )
-        return outcome
+        if isinstance(outcome, PublishResult):
+            return outcome
+        # Most outcomes nobody asks for, and an attrs value costs as much as a packet. Nor is it kept: what a thousand
+        # receipts hold is what the garbage collector goes through, again and again.
+        code, generation, at = outcome
+        return PublishResult(code, generation, self.attempts, at - self.accepted_at)
 
     def acknowledged(self, code: ReasonCode, generation: int, at: float) -> None:
         """The guarantee of its QoS is met."""
         if not self.done:
-            self._outcome = (code, generation, at)
+            self.outcome = (code, generation, at)
             self._settled()
 
     def settle(self, outcome: PublishResult | Exception) -> None:
@@ -151,7 +218,7 @@ class Outgoing:
         if isinstance(outcome, Exception):
             self.error = outcome
         else:
-            self._outcome = outcome
+            self.outcome = outcome
         self._settled()
 
     def _settled(self) -> None:
@@ -159,6 +226,24 @@ class Outgoing:
         self._changed()
         if self.on_settled is not None:
             self.on_settled(self)
+
+
+class Plain(Outgoing):
+    """One of QoS 1 that has a topic and a payload and nothing else, and is sent as it is made."""
+
+    qos = 1
+    attempts = 1
+
+    def __init__(
+        self, topic: str, raw_topic: bytes, payload: bytes, accepted_at: float, offline: OfflinePolicy, turns: Turns
+    ) -> None:
+        self.topic = topic
+        self.raw_topic = raw_topic
+        self.payload = payload
+        self.accepted_at = accepted_at
+        self.offline = offline
+        self.turns = turns
+        self.size = len(raw_topic) + len(payload) + 1 + _OVERHEAD
 
 
 @attrs.frozen(kw_only=True)
@@ -182,37 +267,3 @@ async def wait_settled(messages: Iterable[Outgoing]) -> None:
     for outgoing in messages:
         if not outgoing.done:
             await outgoing.settled()
-
-
-class Receipt:
-    """What became, or will become, of one ``publish_nowait()``."""
-
-    __slots__ = ("_outgoing", "_turns")
-
-    def __init__(self, outgoing: Outgoing, turns: Turns) -> None:
-        self._outgoing = outgoing
-        self._turns = turns
-
-    def __repr__(self) -> str:
-        outgoing = self._outgoing
-        state = "waiting" if not outgoing.done else "failed" if outgoing.error is not None else "acknowledged"
-        return f"<Receipt {outgoing.topic!r} qos={outgoing.qos} {state}>"
-
-    @property
-    def done(self) -> bool:
-        """Whether the outcome is known, so that ``wait()`` does not block."""
-        return self._outgoing.done
-
-    async def wait(self) -> PublishResult:
-        """Wait for the QoS guarantee to be met, and return how; any number of tasks may wait.
-
-        Cancelling the wait does not cancel the delivery. Raises a `PublishError`: refused, expired, superseded,
-        dropped, quarantined, or lost because the driver was left first; ``ServerLimitError``; and, if it was published
-        with ``offline="fail"``, ``NotConnectedError``.
-        """
-        if not self._outgoing.done:
-            return await self._outgoing.wait()
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._turns.over(trio.current_time()):
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        return self._outgoing.result()

@@ -11,11 +11,13 @@ the length that its header names is there); memory that a peer decides on (the l
 
 from __future__ import annotations
 
+import re
+import struct
 from typing import Any
 
 from ._errors import ProtocolError
 from ._properties import PropertyBlock, decode_reason_string, decode_text, encode_varint, read_publish_properties
-from ._types import NO_PROPERTIES, Message, PublishProperties
+from ._types import NO_PROPERTIES, Acknowledger, Message, PublishProperties
 
 CONNACK = 0x20
 PUBACK = 0x40
@@ -33,7 +35,10 @@ PINGREQ_PACKET = b"\xc0\x00"
 Ack = tuple[int, int, int, "str | None"]
 """(first byte, packet identifier, reason code, reason string)"""
 
-Packet = Message[Any] | Ack | bytes
+PubAcks = list[int]
+"""The Packet Identifiers of PUBACKs that say success."""
+
+Packet = Message[Any] | PubAcks | Ack | bytes
 
 _NAMES = {
     1: "CONNECT",
@@ -56,6 +61,8 @@ _FROM_SERVER_4 = {CONNACK, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBACK, UNSUBACK, PI
 _FROM_SERVER_4.update(first for first in range(0x30, 0x40) if first & 6 != 6)
 _FROM_SERVER_5 = _FROM_SERVER_4 | {DISCONNECT, AUTH}
 _ACKS = {PUBACK, PUBREC, PUBREL, PUBCOMP}
+_PUBACKS = re.compile(rb"(?:@\x02..)+", re.DOTALL)
+"""PUBACK upon PUBACK, without reason codes: the only packets that come in such numbers that each call counts."""
 
 # Caches are emptied when full: an entry that is still in use comes back with the next message.
 _CACHED_TOPICS = 4096
@@ -75,7 +82,13 @@ class PacketReader:
     """Turns the bytes of one connection into packets, however they are chopped."""
 
     def __init__(
-        self, *, version: int, maximum_packet_size: int, topic_alias_maximum: int = 0, generation: int = 0
+        self,
+        *,
+        version: int,
+        maximum_packet_size: int,
+        topic_alias_maximum: int = 0,
+        generation: int = 0,
+        source: Acknowledger | None = None,
     ) -> None:
         self.error: ProtocolError | None = None
         """Set when the stream can no longer be trusted; the packets before the fault were returned by ``feed``."""
@@ -84,6 +97,9 @@ class PacketReader:
         self._maximum_packet_size = maximum_packet_size
         self._topic_alias_maximum = topic_alias_maximum
         self._generation = generation
+        self._source = source
+        self.plain_qos: int | None = None
+        """If what ``feed`` returned last is messages of QoS 0 and 1 and nothing else: their highest QoS."""
         self._expect_connack = True
         self._rest = bytearray()
         self._need = 0
@@ -109,6 +125,7 @@ class PacketReader:
         else:
             data = bytes(data)
         packets: list[Packet] = []
+        self.plain_qos = 0
         try:
             start = self._split(data, packets)
         except ProtocolError as exc:
@@ -123,6 +140,11 @@ class PacketReader:
         end = len(data)
         while start < end:
             first = data[start]
+            if (first == 0x30 or first == 0x32) and not self._expect_connack:
+                start = self._plain(data, start, packets)
+                if start == end:
+                    break
+                first = data[start]
             if first not in self._allowed or self._expect_connack:
                 self._check_first(first, data, start)
             pos = start + 1
@@ -158,14 +180,77 @@ class PacketReader:
                 self._check_control_size(first, stop - start)
                 self._need = stop - start
                 return start
+            self.plain_qos = None
             if first & 0xF0 == 0x30:
                 packets.append(self._publish(first, data, pos, stop))
+            elif first == PUBACK and length == 2:
+                stop = self._pubacks(data, start, stop, packets)
             elif first in _ACKS:
                 packets.append(self._ack(first, data, pos, stop))
             else:
                 self._check_control_size(first, stop - start)
                 packets.append(data[start:stop])
             start = stop
+        return start
+
+    def _plain(self, data: bytes, start: int, packets: list[Packet]) -> int:
+        """Append PUBLISH packets for as long as there is nothing about them, and return where that ends.
+
+        That is QoS 0 or 1 without DUP and RETAIN, a topic that has come before, no properties, a length of one or two
+        bytes: nearly all, so they are read without a call for each. Whatever is not quite so is for ``_split``.
+        """
+        end = len(data)
+        known = self._topics.get
+        append = packets.append
+        version5 = self._version5
+        maximum = self._maximum_packet_size
+        generation = self._generation
+        source = self._source
+        highest = 0
+        while start + 5 < end:
+            first = data[start]
+            length = data[start + 1]
+            body = start + 4
+            if length > 127:
+                high = data[start + 2]
+                if not 0 < high < 128:
+                    break
+                length += (high << 7) - 128
+                body += 1
+            stop = body - 2 + length
+            pos = body + (data[body - 2] << 8 | data[body - 1])
+            if stop > end or stop - start > maximum:
+                break
+            topic = known(data[body:pos])
+            if not topic:
+                break
+            if first == 0x30:
+                qos = packet_id = 0
+            elif first == 0x32:
+                qos = 1
+                pos += 2
+                if pos > stop:
+                    break
+                packet_id = data[pos - 2] << 8 | data[pos - 1]
+                if not packet_id:
+                    break
+                highest = 1
+            else:
+                break
+            if version5:
+                if pos >= stop or data[pos]:
+                    break
+                pos += 1
+            elif pos > stop:
+                break
+            append(
+                Message(
+                    topic, data[pos:stop], qos, False, False, NO_PROPERTIES, packet_id, generation, False, None, source
+                )
+            )
+            start = stop
+        if highest and self.plain_qos == 0:
+            self.plain_qos = 1
         return start
 
     def _check_control_size(self, first: int, size: int) -> None:
@@ -223,7 +308,15 @@ class PacketReader:
         if not topic:
             raise ProtocolError("protocol error: PUBLISH with an empty Topic Name [MQTT-4.7.3-1]")
         return Message(
-            topic, data[pos:stop], qos, first & 1 == 1, first & 8 == 8, properties, packet_id, self._generation
+            topic,
+            data[pos:stop],
+            qos,
+            first & 1 == 1,
+            first & 8 == 8,
+            properties,
+            packet_id,
+            self._generation,
+            source=self._source,
         )
 
     def _new_topic(self, raw: bytes) -> str:
@@ -273,6 +366,22 @@ class PacketReader:
         except KeyError:
             raise ProtocolError(f"protocol error: Topic Alias {alias} was never set [MQTT-3.3.2-7]") from None
 
+    def _pubacks(self, data: bytes, start: int, stop: int, packets: list[Packet]) -> int:
+        """Append a PUBACK that says success, and those that come right behind it; return where the last one ends."""
+        if data[stop : stop + 2] != b"@\2":
+            packet_ids = [data[start + 2] << 8 | data[start + 3]]
+        else:
+            run = _PUBACKS.match(data, start)
+            assert run is not None
+            stop = run.end()
+            packet_ids = list(struct.unpack(f">{(stop - start) // 2}H", run[0])[1::2])
+        if 0 in packet_ids:
+            if packet_ids[0]:
+                packets.append(packet_ids[: packet_ids.index(0)])  # what came before the fault is good
+            raise ProtocolError("protocol error: PUBACK with Packet Identifier 0 [MQTT-2.2.1-3]")
+        packets.append(packet_ids)
+        return stop
+
     def _ack(self, first: int, data: bytes, pos: int, stop: int) -> Ack:
         length = stop - pos
         if length < 2 or (length > 2 and not self._version5):
@@ -316,3 +425,12 @@ def encode_ack(first: int, packet_id: int, code: int = 0) -> bytes:
     if code:
         return b"%c\3%c%c%c" % (first, packet_id >> 8, packet_id & 255, code)
     return b"%c\2%c%c" % (first, packet_id >> 8, packet_id & 255)
+
+
+def encode_pubacks(packet_ids: list[int]) -> bytes:
+    """PUBACKs that say success."""
+    data = bytearray(b"@\2\0\0") * len(packet_ids)
+    ids = struct.pack(f">{len(packet_ids)}H", *packet_ids)
+    data[2::4] = ids[::2]
+    data[3::4] = ids[1::2]
+    return bytes(data)

@@ -25,14 +25,14 @@ import paho.mqtt.client as mqtt
 import trio
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
-from paho.mqtt.subscribeoptions import SubscribeOptions
 from trio_paho_mqtt import AsyncClient  # type: ignore[import-untyped]  # it has no annotations
 
 from ._config import DriverConfig, Will
 from ._errors import ProtocolError
 from ._packets import AUTH, CONNACK, DISCONNECT, SUBACK, UNSUBACK, packet_name
 from ._properties import encode_varint
-from ._types import ReasonCode, RetainHandling, ServerLimits, UserProperties
+from ._subscribing import SubAck, SubscribeRequest, decode_suback, encode_subscribe
+from ._types import ReasonCode, ServerLimits, UserProperties
 
 _PropertiesOf: Callable[[int], Any] = Properties  # paho leaves this class without annotations
 _PAHO_2 = hasattr(mqtt, "CallbackAPIVersion")
@@ -59,15 +59,6 @@ class ConnAck:
 
 
 @attrs.frozen
-class SubAck:
-    """Answers SUBSCRIBE and, with ``unsubscribe``, UNSUBSCRIBE."""
-
-    packet_id: int
-    reason_codes: tuple[ReasonCode, ...]
-    unsubscribe: bool = False
-
-
-@attrs.frozen
 class ServerDisconnect:
     reason_code: ReasonCode
     reason_string: str | None
@@ -82,22 +73,6 @@ class AuthPacket:
 
 
 ControlEvent = ConnAck | SubAck | ServerDisconnect | AuthPacket
-
-
-@attrs.frozen(kw_only=True)
-class SubscribeRequest:
-    """One Topic Filter of a SUBSCRIBE with its options [MQTT-3.8.3.1]."""
-
-    topic_filter: str
-    qos: int
-    no_local: bool = False
-    retain_as_published: bool = False
-    retain_handling: RetainHandling = RetainHandling.SEND
-
-    @property
-    def needs_5(self) -> bool:
-        """Whether it asks for what MQTT 3.1.1 cannot say."""
-        return self.no_local or self.retain_as_published or self.retain_handling != RetainHandling.SEND
 
 
 class _Pipe:
@@ -181,9 +156,8 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         self._read, self._write, self._misc = loops
         client = _make_client(client_id, version, clean_start)
         client.pipe = self._pipe
-        client.next_packet_id = next_packet_id
+        client.next_packet_id = self._next_packet_id = next_packet_id
         super().__init__(client, nursery, max_buffer=0)
-        client.on_subscribe = self._on_subscribe  # pyright: ignore[reportAttributeAccessIssue]
         client.on_unsubscribe = self._on_unsubscribe  # pyright: ignore[reportAttributeAccessIssue]
 
     def start(self) -> None:
@@ -206,10 +180,6 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
     def _on_disconnect(self, client: object, userdata: object, rc: object, *rest: object) -> None: ...
 
     def _on_message(self, client: object, userdata: object, msg: object) -> None: ...
-
-    def _on_subscribe(self, *args: Any) -> None:
-        # (client, userdata, packet identifier, codes, …)
-        self._events.append(SubAck(args[2], _codes(args[3])))
 
     def _on_unsubscribe(self, *args: Any) -> None:
         # (client, userdata, packet identifier), then paho 1: properties, code or codes; paho 2: codes, properties.
@@ -273,21 +243,10 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         self, requests: Sequence[SubscribeRequest], identifier: int | None, user_properties: UserProperties
     ) -> tuple[int, bytes]:
         """Returns the Packet Identifier and the SUBSCRIBE packet; identifier and properties are for all filters."""
-        if self._version5:
-            topics: list[tuple[str, Any]] = [
-                (
-                    request.topic_filter,
-                    SubscribeOptions(
-                        request.qos, request.no_local, request.retain_as_published, request.retain_handling.value
-                    ),
-                )
-                for request in requests
-            ]
-            properties = _properties(PacketTypes.SUBSCRIBE, {"SubscriptionIdentifier": identifier}, user_properties)
-            _, packet_id = self._client.subscribe(topics, properties=properties)
-        else:
-            _, packet_id = self._client.subscribe([(request.topic_filter, request.qos) for request in requests])
-        return cast(int, packet_id), self.take_output()
+        packet_id = self._next_packet_id()
+        return packet_id, encode_subscribe(
+            packet_id, requests, version5=self._version5, identifier=identifier, user_properties=user_properties
+        )
 
     def unsubscribe_packet(self, filters: Sequence[str]) -> tuple[int, bytes]:
         _, packet_id = self._client.unsubscribe(list(filters))
@@ -323,13 +282,15 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
                 return _server_disconnect(body)
             if first == AUTH:
                 return _auth(body)
+            if first == SUBACK:
+                return decode_suback(body, version5=self._version5)
             self._pipe.incoming += packet
             self._client.loop_read()
         except ProtocolError:
             raise
         except Exception as exc:
             raise ProtocolError(f"malformed packet: {packet_name(first)}{_shown(packet)}: {exc!r}") from exc
-        if first not in (SUBACK, UNSUBACK) or len(self._events) != 1:
+        if first != UNSUBACK or len(self._events) != 1:
             raise ProtocolError(f"malformed packet: {packet_name(first)}{_shown(packet)}")
         return self._events.pop()
 

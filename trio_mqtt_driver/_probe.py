@@ -10,8 +10,8 @@ from ._connection import Connection
 from ._errors import ProbeError, PublishRefusedError
 from ._limits import publish_error
 from ._outgoing import Outgoing
-from ._paho import SubscribeRequest
 from ._replies import Reply
+from ._subscribing import SubscribeRequest
 from ._topics import MAXIMUM_LENGTH, check_topic
 from ._types import Message, ReasonCode
 
@@ -64,7 +64,7 @@ async def _publish(connection: Connection, topic: str) -> None:
 
 async def _echo(connection: Connection, topic: str) -> None:
     echoed = Reply[None]()
-    connection.intercept = (topic, lambda _: echoed.set(None))
+    connection.receiver.intercept = (topic, lambda _: echoed.set(None))
     request = SubscribeRequest(topic_filter=topic, qos=1)
     (code,) = await connection.subscribe([request], None).wait()
     if code.is_failure:
@@ -73,7 +73,7 @@ async def _echo(connection: Connection, topic: str) -> None:
     await echoed.wait()
     # The echo may come again until UNSUBACK: with a subscription of QoS 1 a broker may repeat it.
     (code,) = await connection.unsubscribe([topic]).wait()
-    connection.intercept = None
+    connection.receiver.intercept = None
     if code.is_failure and code != ReasonCode.NO_SUBSCRIPTION_EXISTED:
         raise ProbeError(f"the broker refused to unsubscribe from the probe topic {topic!r}: {code}")
 
@@ -97,7 +97,7 @@ async def sends_copies(connection: Connection) -> bool:
         if message.payload == b"2":
             both.set(None)
 
-    connection.intercept = (topic, count)
+    connection.receiver.intercept = (topic, count)
     requests = [SubscribeRequest(topic_filter=one, qos=0) for one in filters]
     try:
         codes = await connection.within(timeout, connection.subscribe(requests, None))
@@ -110,5 +110,5 @@ async def sends_copies(connection: Connection) -> bool:
     except trio.TooSlowError:
         connection.unsubscribe(filters)
     finally:
-        connection.intercept = None
+        connection.receiver.intercept = None
     return seen.count(b"1") > 1

@@ -20,7 +20,7 @@ from ._errors import (
 from ._history import Counters
 from ._limits import publish_error
 from ._outbox import Outbox, expired_text
-from ._outgoing import Outgoing, Receipt
+from ._outgoing import Outgoing, Receipt, Undelivered, wait_settled
 from ._store import Store
 from ._supervisor import Supervisor
 from ._turns import Turns
@@ -70,7 +70,7 @@ class Publisher:
         self._check_open()
         self._check_link(outgoing)
         if not outgoing.qos and self._send_at_once(outgoing):
-            if self._turns.over(outgoing.accepted_at):
+            if self._turns.over():
                 await trio.lowlevel.cancel_shielded_checkpoint()
             return outgoing.result()
         timeout = self._supervisor.config.publish_timeout
@@ -129,7 +129,8 @@ class Publisher:
         self._check_link(outgoing)
         if not self._send_at_once(outgoing):
             self._queue(outgoing)
-        return Receipt(outgoing, self._turns)
+        outgoing.turns = self._turns
+        return outgoing
 
     def _check_link(self, outgoing: Outgoing) -> None:
         if outgoing.offline is OfflinePolicy.FAIL and self._supervisor.state is not State.LIVE:
@@ -157,10 +158,19 @@ class Publisher:
         if outgoing.qos:
             if not live.sender.takes_more or not self._outbox.admit(outgoing):
                 return False
-        elif not live.sender.has_room or self._outbox.holds_qos0:
+        elif not live.sender.has_room or self._outbox.waiting_qos0:
             return False
         live.sender.send(outgoing)
         return True
+
+    async def drain(self) -> tuple[Undelivered, ...]:
+        """``MQTTDriver.drain`` says what."""
+        await trio.lowlevel.checkpoint()
+        self._check_open()
+        published = self._supervisor.undelivered
+        with trio.move_on_after(self._supervisor.config.drain_timeout):
+            await wait_settled(published)
+        return tuple(outgoing.undelivered() for outgoing in published if outgoing.left_behind)
 
     def lost(self, outgoing: Outgoing) -> MessageLostError:
         """The driver ended first."""

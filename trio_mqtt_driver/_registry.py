@@ -22,7 +22,7 @@ import attrs
 import trio
 
 from ._errors import DriverClosedError
-from ._paho import SubscribeRequest
+from ._subscribing import SubscribeRequest
 from ._topics import FilterTrie, split_share
 from ._types import ReasonCode, RetainHandling
 from ._validators import between, freeze, instance, one_of, pairs
@@ -82,21 +82,41 @@ class Registration(Generic[M]):
     """Whether a SUBSCRIBE for it went to the present session."""
     answered: int = 0
     """The revision that the last SUBACK was for."""
-    changed: trio.Event = attrs.Factory(trio.Event)
+    waiter: trio.Event | None = None
+    """For the next change, if somebody waits for it."""
+    _requested: SubscriptionOptions | None = None
+    """What ``_request`` was made of."""
+    _request: SubscribeRequest | None = None
 
     @property
     def plain_filter(self) -> str:
         return split_share(self.topic_filter)[1]
 
+    @property
     def request(self) -> SubscribeRequest:
         options = self.options
-        return SubscribeRequest(
-            topic_filter=self.topic_filter,
-            qos=options.qos,
-            no_local=options.no_local,
-            retain_as_published=options.retain_as_published,
-            retain_handling=options.retain_handling,
-        )
+        if options is not self._requested:
+            self._requested = options
+            self._request = SubscribeRequest(
+                topic_filter=self.topic_filter,
+                qos=options.qos,
+                no_local=options.no_local,
+                retain_as_published=options.retain_as_published,
+                retain_handling=options.retain_handling,
+            )
+        assert self._request is not None
+        return self._request
+
+    def wake(self) -> None:
+        """Somebody may wait for a change."""
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None:
+            waiter.set()
+
+    async def change(self) -> None:
+        if self.waiter is None:
+            self.waiter = trio.Event()
+        await self.waiter.wait()
 
 
 @attrs.define(eq=False)
@@ -214,7 +234,7 @@ class Registry(Generic[M]):
                 registration.revision += 1
                 self._make_due(registration)
             return None
-        registration.changed.set()  # nobody will answer who still waits
+        registration.wake()  # nobody will answer who still waits
         topic_filter = registration.topic_filter
         del self._wanted[topic_filter]
         self._due.pop(topic_filter, None)
@@ -302,7 +322,7 @@ class Registry(Generic[M]):
             for registration in registrations:
                 registration.standing = Standing.SENT
                 registration.told = True
-                length = 3 + len(registration.topic_filter.encode())
+                length = len(registration.request.packed)
                 too_long = max_bytes is not None and overhead + used + length > max_bytes
                 if batch is None or too_long or len(batch.registrations) >= size:
                     batch = Batch[M]([], [], identifier, user_properties)
@@ -320,8 +340,7 @@ class Registry(Generic[M]):
         registration.generation = generation
         if registration.revision == revision and registration.standing is Standing.SENT:
             registration.standing = Standing.REFUSED if code.is_failure else Standing.GRANTED
-        registration.changed.set()
-        registration.changed = trio.Event()
+        registration.wake()
 
     # -- for whoever subscribes -------------------------------------------------------------------------------------
 
@@ -334,7 +353,7 @@ class Registry(Generic[M]):
             self._check_open()
             if not registration.members:
                 raise DriverClosedError(f"the subscription of {registration.topic_filter!r} was ended meanwhile")
-            await registration.changed.wait()
+            await registration.change()
         assert registration.reason_code is not None
         return registration.reason_code
 
@@ -358,6 +377,6 @@ class Registry(Generic[M]):
         """No connection will come any more: wake everybody who waits for an answer."""
         self._closed = True
         for registration in self:
-            registration.changed.set()
+            registration.wake()
         for leaving in self._leaving.values():
             leaving.done.set()

@@ -83,7 +83,7 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
                 registry.answer(registration, revision, refusal, connection.generation)
         if sent:
             reply = connection.subscribe(
-                [registration.request() for registration, _ in sent], batch.identifier, batch.user_properties
+                [registration.request for registration, _ in sent], batch.identifier, batch.user_properties
             )
             requests.append((sent, reply))
     for sent, reply in requests:

@@ -20,11 +20,12 @@ from ._errors import (
     ServerDisconnectedError,
     SuspendedError,
 )
+from ._express import ExpressLane
 from ._history import Counters
 from ._limits import packet_size, publish_error
 from ._outbox import Outbox
 from ._outgoing import Outgoing
-from ._packets import PUBCOMP, PUBREL, encode_ack, encode_publish, packet_name
+from ._packets import PUBCOMP, PUBREL, PubAcks, encode_ack, encode_publish, packet_name
 from ._properties import extend_block
 from ._session import Session
 from ._types import ReasonCode, ServerLimits
@@ -78,16 +79,16 @@ class Sender:
         self._generation = generation
         self._limits = ServerLimits()
         self._aliases = TopicAliases(0)
+        self._begun = False
         self._live_since = math.inf
         self._paced_until = -math.inf
         self._held_back = trio.Event()
-        self._alone: Outgoing | None = None
-        """A suspect that is on its way, with nothing beside it that could be the reason if the connection ends."""
         self._warned = False
         self._refused = False
         self._acknowledged = trio.Event()
         self.closing = False
         """Whether nothing must be sent any more."""
+        self.express = ExpressLane(self._window, writer, outbox, counters, version=version)
 
     def begin(self, limits: ServerLimits) -> None:
         """CONNACK was good: obey what it says, and take up what an older connection of the session left open.
@@ -98,6 +99,8 @@ class Sender:
         self._aliases = TopicAliases(min(self._config.topic_aliases, limits.topic_alias_maximum))
         window = limits.receive_maximum if self._version == 5 else _WINDOW_3_1_1
         self._window.size = min(self._config.in_flight, window)
+        self._window.alone = None
+        self._begun = True
         self.refill()
 
     @property
@@ -117,8 +120,7 @@ class Sender:
     @property
     def takes_more(self) -> bool:
         """Whether a message of QoS 1 or 2 can be sent now."""
-        window = self._window
-        return window.free > 0 and not window.has_unsent and self.has_room and self._alone is None
+        return self._window.takes_more and self.has_room
 
     @property
     def has_place(self) -> bool:
@@ -141,7 +143,7 @@ class Sender:
 
     def _publish(self, outgoing: Outgoing, packet_id: int, *, dup: bool = False) -> None:
         if outgoing.suspected:
-            self._alone = outgoing
+            self._window.alone = outgoing
         outgoing.attempts += 1
         self._counters.messages_out += 1
         if self._version != 5 and (outgoing.properties != b"\0" or outgoing.expiry is not None):
@@ -162,7 +164,7 @@ class Sender:
             )
         )
         if packet_id:
-            self._window.written(outgoing, self._writer.written)
+            outgoing.wire_end = self._writer.written
 
     def _properties(self, outgoing: Outgoing, alias: int | None) -> bytes:
         if outgoing.expiry is None:
@@ -183,6 +185,13 @@ class Sender:
         """The subscriptions are there: from now on what waits in the outbox goes out."""
         self._live_since = trio.current_time()
         self.refill()
+        if not self.closing and not self._aliases.maximum:
+            self.express.open(self._config, self._limits, self._generation)
+
+    def close(self) -> None:
+        """Nothing must be sent any more."""
+        self.closing = True
+        self.express.close()
 
     async def pace(self) -> None:
         """Go on with what ``refill_rate`` holds back. Runs until cancelled."""
@@ -206,6 +215,8 @@ class Sender:
 
     def refill(self) -> None:
         """Send what the window and the write buffer have room for: first what an older connection left open."""
+        if not self._begun:
+            return  # What the window holds has still to be sorted: the session may be another one.
         while self.has_room and not self._waits_for_suspect():
             if self._window.has_unsent:
                 if not self._window.may_take_up or not self._admits(self._window.next_unsent):
@@ -227,9 +238,10 @@ class Sender:
                 self.send(outgoing)
 
     def _waits_for_suspect(self) -> bool:
-        if self._alone is not None and self._alone.done:
-            self._alone = None
-        return self._alone is not None
+        window = self._window
+        if window.alone is not None and window.alone.done:
+            window.alone = None
+        return window.alone is not None
 
     def _admits(self, outgoing: Outgoing) -> bool:
         """Whether a message may be sent beside what is on its way."""
@@ -239,7 +251,7 @@ class Sender:
         packet_id, outgoing, released = self._window.take_unsent()
         if released:
             self._writer.write(encode_ack(PUBREL, packet_id))
-            self._window.written(outgoing, self._writer.written)
+            outgoing.wire_end = self._writer.written
             return
         error = publish_error(self._limits, outgoing)
         if error is None:
@@ -256,8 +268,9 @@ class Sender:
         limit = self._config.quarantine_after
         if not limit or not _blames_us(cause):
             return
-        suspect = self._window.suspect
-        if suspect is None and self._window.on_the_wire:
+        # Before CONNACK nothing was sent, whatever the window says of an older connection.
+        suspect = self._window.suspect if self._begun else None
+        if suspect is None and self._begun and self._window.on_the_wire:
             return  # Whether any of it had left nobody knows: that says nothing either way.
         accused = self._outbox.accused
         if accused is not None and (suspect is None or suspect[1] is not accused):
@@ -292,6 +305,16 @@ class Sender:
         """The writer has sent something."""
         self._window.flushed(self._writer.flushed, now)
         self.refill()
+
+    def take_pubacks(self, packet_ids: PubAcks) -> None:
+        """Take PUBACKs that say success. Raises ``ProtocolError``."""
+        now = trio.current_time()
+        taken: list[Outgoing] = []
+        try:
+            self._window.take_pubacks(packet_ids, now, taken)
+        finally:
+            self._acknowledged.set()
+            self._outbox.acknowledged(taken, self._generation, now)
 
     def take_ack(self, first: int, packet_id: int, code: int, reason: str | None) -> None:
         """Take a PUBACK, PUBREC or PUBCOMP. Raises ``ProtocolError``."""

@@ -23,7 +23,7 @@ import trio
 from ._errors import DriverClosedError, PayloadError
 from ._history import Counters
 from ._registry import Registration, Standing
-from ._types import Acknowledge, Message, Overflow, ReasonCode
+from ._types import Acknowledge, Acknowledger, Message, Overflow, ReasonCode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -83,7 +83,7 @@ class Subscription(Generic[T]):
         queue_bytes: int,
         counters: Counters,
         changed: Callable[[Subscription[Any]], None],
-        failed: Callable[[Subscription[Any], Message[Any], Exception], None],
+        failed: Callable[[Subscription[Any], Message[Any], Exception], bool],
     ) -> None:
         self.topic_filter = topic_filter
         self.overflow = overflow
@@ -176,23 +176,33 @@ class Subscription(Generic[T]):
         """Whether somebody is asking for the next message, and not busy with the last one."""
         return self._receiving and not self._burying
 
-    def put(self, message: Message[Any]) -> bool:
-        """Queue a message, whether there is room or not. True if the queue has reached a bound: call ``shorten``."""
-        self._received += 1
-        if message.qos and message._source is not None:
-            if message._source.overtakes and self._holds_up:
-                # It would be overtaken, too, but each time others would have waited for it first.
-                message._source.overtake(message._original or message)
-            if self._on_receipt:
-                source = message._source
-                message._done()
-                message._source = source  # tells whether the connection that brought it is over
+    def put(self, messages: list[Message[Any]]) -> bool:
+        """Queue messages that one connection brought, whether there is room or not.
+
+        True if the queue has reached a bound: call ``shorten``.
+        """
         queue = self._queue
-        queue.append(message)
-        self._queued_bytes += len(message.payload)
+        source = messages[0]._source
+        special = source is not None and (source.overtakes or self._on_receipt)
+        size = 0
+        for message in messages:
+            if special and message.qos and source is not None:
+                self._take_special(message, source)
+            queue.append(message)
+            size += len(message.payload)
+        self._received += len(messages)
+        self._queued_bytes += size
         if self._sleeping:
             self._arrived.set()
         return len(queue) >= self.queue_messages or self._queued_bytes >= self.queue_bytes
+
+    def _take_special(self, message: Message[Any], source: Acknowledger) -> None:
+        if source.overtakes and self._holds_up:
+            # It would be overtaken, too, but each time others would have waited for it first.
+            source.overtake(message._original or message)
+        if self._on_receipt:
+            message._done()
+            message._source = source  # tells whether the connection that brought it is over
 
     @property
     def _holds_up(self) -> bool:
@@ -241,7 +251,8 @@ class Subscription(Generic[T]):
             self._drop(message)
             if message._owed:
                 message._done()
-        self._queue = kept
+        self._queue.clear()
+        self._queue.extend(kept)
 
     def _drop(self, message: Message[Any]) -> None:
         self._queued_bytes -= len(message.payload)
@@ -309,6 +320,48 @@ class Subscription(Generic[T]):
                 return message
         finally:
             self._receiving = self._sleeping = False
+
+    async def _handle(self, handler: Handler[T]) -> None:
+        """Give each message to the handler, until the subscription is ended, or the handler has failed for good.
+
+        ``receive`` says how; left out of it is, until the turn is over, what nearly all messages do not need.
+        """
+        queue = self._queue
+        while True:
+            try:
+                message = await self.receive()
+            except DriverClosedError:
+                return
+            while True:
+                try:
+                    outcome = handler(message)
+                    if outcome is not None and isinstance(outcome, Awaitable):
+                        await outcome
+                except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
+                    if self._failed(self, message, exc):
+                        return
+                if not queue or self._calls >= _TURN or self._typed or self._now() >= self._until:
+                    break
+                self._calls += 1
+                if message.qos:
+                    self.finish()
+                else:
+                    self._handed_out = message._source = None
+                await trio.lowlevel.checkpoint_if_cancelled()
+                message = self._take()
+
+    def _take(self) -> Message[T]:
+        """Hand out the first message of the queue, of a subscription to bytes."""
+        message = self._queue.popleft()
+        self._queued_bytes -= len(message.payload)
+        if self.watched:
+            self._changed(self)
+        if message.qos:
+            message._reader = self
+        message.value = message.payload  # then T is bytes
+        self._delivered += 1
+        self._handed_out = message
+        return message
 
     def finish(self) -> None:
         """The message that was handed out last is processed."""
@@ -395,16 +448,7 @@ class Subscription(Generic[T]):
                 else:
                     self._handed_out = done._source = None
             await trio.lowlevel.checkpoint_if_cancelled()
-            message = self._queue.popleft()
-            self._queued_bytes -= len(message.payload)
-            if self.watched:
-                self._changed(self)
-            if message.qos:
-                message._reader = self
-            message.value = message.payload  # then T is bytes
-            self._delivered += 1
-            self._handed_out = message
-            return message
+            return self._take()
         try:
             return await self.receive()
         except DriverClosedError:

@@ -73,6 +73,8 @@ class Supervisor:
     ) -> None:
         self.generation = 0
         self.terminal: ConnectError | None = None
+        self.live: Connection | None = None
+        """The connection that is live."""
         self._registry = registry
         self._outbox = outbox
         self._history = history
@@ -115,11 +117,6 @@ class Supervisor:
         """The one that is being made or is live."""
         return self._dialer.connection
 
-    @property
-    def live(self) -> Connection | None:
-        """The live one."""
-        return self._dialer.connection if self._states.current is State.LIVE else None
-
     # -- state --------------------------------------------------------------------------------------------------------
 
     @property
@@ -130,6 +127,7 @@ class Supervisor:
         """Change state: recorded and logged once, in plain words."""
         before = self.state
         self._states.to(state)
+        self.live = self.connection if state is State.LIVE else None
         text = self._record(state.value, text, error)
         # A link that cannot be had is worth waking somebody for; the steps of a normal life are not.
         level = logging.WARNING if error is not None else logging.INFO
@@ -472,7 +470,7 @@ class Supervisor:
             degraded=tuple((one.topic_filter, str(one.reason_code)) for one in self._registry.degraded),
             queued=len(self._outbox),
             in_flight=len(self._dialer.session.outgoing),
-            unacknowledged=0 if connection is None else connection.unacknowledged,
+            unacknowledged=0 if connection is None else len(connection.receiver),
             counters=self._history.counters.as_dict(),
             endpoints=self._failover.health(),
             history=tuple(self._history),

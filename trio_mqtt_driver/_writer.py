@@ -20,9 +20,10 @@ class Writer:
     def __init__(self, stream: trio.abc.Stream, counters: Counters) -> None:
         self._stream = stream
         self._counters = counters
-        self._buffer: list[bytes] = []
-        self._wake = trio.Event()
-        self._idle = False
+        self.buffer: list[bytes] = []
+        self.wake = trio.Event()
+        self.idle = False
+        """Whether the task that sends waits for ``wake``."""
         self._answers = 0
         self._ended = False
         self.written = 0
@@ -44,10 +45,10 @@ class Writer:
         """Take a packet; nothing follows the last one [MQTT-3.14.4-2]."""
         if self._ended:
             return
-        self._buffer.append(packet)
+        self.buffer.append(packet)
         self.written += len(packet)
-        if self._idle:
-            self._wake.set()
+        if self.idle:
+            self.wake.set()
 
     def answer(self, packet: bytes) -> None:
         """Take a packet that the peer made us write: so many it can make, but not without bound."""
@@ -55,26 +56,31 @@ class Writer:
             return
         size = len(packet)
         self._answers += size
-        self._buffer.append(packet)
+        self.buffer.append(packet)
         self.written += size
-        if self._idle:
-            self._wake.set()
+        if self.idle:
+            self.wake.set()
 
     def write_last(self, packet: bytes) -> None:
         """Take DISCONNECT."""
         self.write(packet)
         self._ended = True
 
-    async def run(self, on_flushed: Callable[[], None]) -> None:
-        """Send until cancelled, which may leave half a packet sent. Raises what the stream raises."""
+    async def run(self, collect: Callable[[], None], on_flushed: Callable[[], None]) -> None:
+        """Send until cancelled, which may leave half a packet sent. Raises what the stream raises.
+
+        ``collect`` is called before each batch, for what is written only then. Who has some sets ``wake``.
+        """
         while True:  # noqa: ASYNC913  # it waits for data, or sends some: there are no empty packets
-            if not self._buffer:
-                self._wake = trio.Event()
-                self._idle = True
-                await self._wake.wait()
-                self._idle = False
-            data = memoryview(b"".join(self._buffer))
-            self._buffer.clear()
+            collect()
+            if not self.buffer:
+                self.wake = trio.Event()
+                self.idle = True
+                await self.wake.wait()
+                self.idle = False
+                continue
+            data = memoryview(b"".join(self.buffer))
+            self.buffer.clear()
             answers = self._answers
             for start in range(0, len(data), _SEND_SIZE):
                 piece = data[start : start + _SEND_SIZE]

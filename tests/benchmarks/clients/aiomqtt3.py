@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from ..gauge import Gauge
@@ -58,8 +59,9 @@ async def publish(job: Job, gauge: Gauge) -> None:
         if job.qos:
             await in_tasks(job, acknowledged)
         else:
+            publish = partial(client.publish, **options)
             for number in range(job.count):
-                await client.publish(topics[number % several], content, **options)
+                await publish(topics[number % several], content)
         await client.publish(DONE, b"")
         async for _ in client.messages():
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import trio
@@ -102,15 +103,15 @@ async def publish(job: Job, gauge: Gauge) -> None:
 
 
 async def _publish_receipts(driver: MQTTDriver, job: Job) -> None:
-    """Without waiting for each: a window's worth of receipts, then the oldest is waited for."""
-    topics, content, options = job.topic_names(), job.content, properties(job)
+    """Without waiting for each: a window's worth, then their receipts; of QoS 0 the last one, for the others' turn."""
+    topics, content = job.topic_names(), job.content
     several = len(topics)
+    publish: Any = partial(driver.publish_nowait, qos=job.qos, **properties(job))
     for start in range(0, job.count, WINDOW):
         receipts = [
-            driver.publish_nowait(topics[number % several], content, qos=job.qos, **options)
-            for number in range(start, min(start + WINDOW, job.count))
+            publish(topics[number % several], content) for number in range(start, min(start + WINDOW, job.count))
         ]
-        for receipt in receipts:
+        for receipt in receipts if job.qos else receipts[-1:]:
             await receipt.wait()
 
 
@@ -122,10 +123,11 @@ async def _publish_in_tasks(driver: MQTTDriver, job: Job) -> None:
 
 
 async def _publish_one_by_one(driver: MQTTDriver, job: Job, numbers: range) -> None:
-    topics, content, options = job.topic_names(), job.content, properties(job)
+    topics, content = job.topic_names(), job.content
     several = len(topics)
+    publish: Any = partial(driver.publish, qos=job.qos, **properties(job))
     for number in numbers:
-        await driver.publish(topics[number % several], content, qos=job.qos, **options)
+        await publish(topics[number % several], content)
 
 
 async def round_trip(job: Job, gauge: Gauge) -> None:
