@@ -85,7 +85,8 @@ def comparables(packets: Iterable[Packet]) -> list[object]:
 
 
 def new_reader(version: int = 5, *, connected: bool = True, **options: Any) -> PacketReader:
-    reader = PacketReader(version=version, **{"maximum_packet_size": 100_000, **options})
+    arguments: dict[str, Any] = {"maximum_packet_size": 100_000, **options}
+    reader = PacketReader(version=version, **arguments)
     if connected:
         assert reader.feed(CONNACK[version]) == [CONNACK[version]]
     return reader

@@ -225,13 +225,10 @@ class MQTTDriver:
         expired, overdue, dropped, …: see there), ``OutboxFileError``, ``NotConnectedError`` (``offline="fail"``
         only) and ``DriverClosedError``.
         """
-        if qos == 0 and qos is not False and retain is False and priority == 0 and offline is None and not properties:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            live = self._supervisor.live
-            if live is not None and (sent := live.sender.express.publish_0(topic, payload)) is not None:
-                if sent.turns.over():
-                    await trio.lowlevel.cancel_shielded_checkpoint()
-                return sent.result
+        if retain is False and priority == 0 and offline is None and not isinstance(qos, bool):
+            result = await self._publisher.express(topic, payload, qos, properties)
+            if result is not None:
+                return result
         policy = self.config.offline if offline is None else offline_policy(offline)
         return await self._publisher.publish(make_outgoing(topic, payload, qos, retain, priority, policy, properties))
 
@@ -253,12 +250,13 @@ class MQTTDriver:
         ``DriverClosedError``.
         """
         live = self._supervisor.live
-        if live is not None and retain is False and priority == 0 and offline is None and not properties:
+        if live is not None and retain is False and priority == 0 and offline is None and not isinstance(qos, bool):
+            express = live.sender.express
             receipt: Receipt | None = None
-            if qos == 1 and qos is not True:
-                receipt = live.sender.express.publish_1(topic, payload)
-            elif qos == 0 and qos is not False:
-                receipt = live.sender.express.publish_0(topic, payload)
+            if qos == 1:
+                receipt = express.publish_1(topic, payload, properties)
+            elif qos == 0:
+                receipt = express.publish_0(topic, payload, properties)
             if receipt is not None:
                 return receipt
         policy = self.config.offline if offline is None else offline_policy(offline)

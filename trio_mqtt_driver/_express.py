@@ -1,16 +1,20 @@
 """The express lane: the publishes that need nothing but the wire, in one pass.
 
-Nearly all are of QoS 0 or 1, without properties, not retained, on a live link on which nothing waits before them. What
-they cost otherwise is not the work but the way: a dozen calls, each of which looks at something that they do not have.
-So here is all of it in one function, and its conditions: for what does not meet them, or only perhaps, ``publish``
-returns None and has done nothing. Then ``Publisher`` has it, which defines what a publish does and what it refuses;
-here is nothing that it would do in another way.
+Nearly all are of QoS 0 or 1, not retained, without properties or with the same ones again, on a live link on which
+nothing waits before them. What they cost otherwise is not the work but the way: a dozen calls, each of which looks at
+something that they do not have. So here is all of it in one function, and its conditions: for what does not meet them,
+or only perhaps, it returns None and has done nothing. Then ``Publisher`` has it, which defines what a publish does and
+what it refuses; here is nothing that it would do in another way.
 
 A topic is checked and encoded once per connection: its *head* is what stands between the packet's length and the
 payload, or the Packet Identifier.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import trio
 
@@ -19,6 +23,7 @@ from ._history import Counters
 from ._inflight import OutgoingWindow
 from ._outbox import Outbox
 from ._outgoing import Plain, Sent
+from ._properties import PropertyBlocks
 from ._topics import check_topic
 from ._turns import Turns
 from ._types import OfflinePolicy, ServerLimits
@@ -41,11 +46,13 @@ class ExpressLane:
         self._outbox = outbox
         self._counters = counters
         self._block = b"\0" if version == 5 else b""
-        self._rest = 2 + len(self._block)
         self._write_buffer = -1
         self._longest = self._longest_1 = 0
         self._policy = OfflinePolicy.WAIT
+        self.waits = False
+        """Whether a publish simply waits for its acknowledgement."""
         self._heads: dict[str, tuple[bytes, bytes, bytes]] = {}
+        self._blocks = PropertyBlocks()
         self._now = trio.lowlevel.current_clock().current_time
         self.turns = Turns()
         self.sent = Sent(0, self.turns)
@@ -53,9 +60,11 @@ class ExpressLane:
     def open(self, config: DriverConfig, limits: ServerLimits, generation: int) -> None:
         """From now on messages may be sent."""
         self._policy = config.offline
+        self.waits = config.offline is OfflinePolicy.WAIT and config.publish_timeout == math.inf
         self._write_buffer = config.write_buffer
         longest = limits.maximum_packet_size
-        self._longest = _LONGEST if longest is None else min(_LONGEST, longest - 3)
+        # What comes near the limit is for publish_error, which counts the longest header that a packet may get.
+        self._longest = _LONGEST if longest is None else min(_LONGEST, longest - 8)
         self._longest_1 = self._longest if limits.maximum_qos else -1
         self.sent = Sent(generation, self.turns)
 
@@ -63,26 +72,31 @@ class ExpressLane:
         """Nothing must be sent any more."""
         self._write_buffer = -1
 
-    def publish_0(self, topic: str, payload: object) -> Sent | None:
-        """Send a message of QoS 0. None if it is not for here, or not now. Raises what ``check_topic`` raises."""
+    def publish_0(self, topic: str, payload: object, properties: Mapping[str, Any]) -> Sent | None:
+        """Send a message of QoS 0. None if it is not for here, or not now. Raises ``ValueError`` or ``TypeError``."""
         writer = self._writer
         if (
-            payload.__class__ is not bytes
+            type(payload) is not bytes
             or writer.written - writer.flushed >= self._write_buffer
             or self._outbox.waiting_qos0
         ):
             return None
         try:
-            head = self._heads[topic][2]
+            _, head, whole = self._heads[topic]
         except (KeyError, TypeError):
-            head = self._learn(topic)[2]
-        length = len(head) + len(payload)
+            _, head, whole = self._learn(topic)
+        if properties:
+            block = self._blocks.find(properties)
+            if block is None or not self._block:
+                return None
+            whole = head + block
+        length = len(whole) + len(payload)
         if length > self._longest:
             return None
         if length < 128:
-            packet = b"0%c%b%b" % (length, head, payload)
+            packet = b"0%c%b%b" % (length, whole, payload)
         else:
-            packet = b"0%c%c%b%b" % (length & 127 | 128, length >> 7, head, payload)
+            packet = b"0%c%c%b%b" % (length & 127 | 128, length >> 7, whole, payload)
         writer.buffer.append(packet)
         writer.written += len(packet)
         if writer.idle:
@@ -90,12 +104,12 @@ class ExpressLane:
         self._counters.messages_out += 1
         return self.sent
 
-    def publish_1(self, topic: str, payload: object) -> Plain | None:
+    def publish_1(self, topic: str, payload: object, properties: Mapping[str, Any]) -> Plain | None:
         """Send a message of QoS 1; the rest as with ``publish_0``."""
         writer = self._writer
         window = self._window
         if (
-            payload.__class__ is not bytes
+            type(payload) is not bytes
             or writer.written - writer.flushed >= self._write_buffer
             or not window.takes_more
         ):
@@ -104,18 +118,26 @@ class ExpressLane:
             raw_topic, head, _ = self._heads[topic]
         except (KeyError, TypeError):
             raw_topic, head, _ = self._learn(topic)
-        length = len(head) + len(payload) + self._rest
+        block = self._block
+        if properties:
+            found = self._blocks.find(properties)
+            if found is None or not block:
+                return None
+            block = found
+        length = len(head) + 2 + len(block) + len(payload)
         if length > self._longest_1:
             return None
         outgoing = Plain(topic, raw_topic, payload, self._now(), self._policy, self.turns)
+        if properties:
+            outgoing.add_properties(block)
         if not self._outbox.admit(outgoing):
             return None
         packet_id = window.add(outgoing)
         if length < 128:
-            packet = b"2%c%b%c%c%b%b" % (length, head, packet_id >> 8, packet_id & 255, self._block, payload)
+            packet = b"2%c%b%c%c%b%b" % (length, head, packet_id >> 8, packet_id & 255, block, payload)
         else:
             size = length & 127 | 128, length >> 7
-            packet = b"2%c%c%b%c%c%b%b" % (*size, head, packet_id >> 8, packet_id & 255, self._block, payload)
+            packet = b"2%c%c%b%c%c%b%b" % (*size, head, packet_id >> 8, packet_id & 255, block, payload)
         writer.buffer.append(packet)
         writer.written = outgoing.wire_end = writer.written + len(packet)
         if writer.idle:

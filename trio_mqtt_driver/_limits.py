@@ -26,6 +26,17 @@ def publish_error(limits: ServerLimits, outgoing: Outgoing) -> ServerLimitError 
     return None
 
 
+def takes_all(limits: ServerLimits) -> bool:
+    """Whether ``publish_error`` and ``subscribe_refusal`` are None for whatever it is."""
+    return (
+        limits.maximum_qos == 2
+        and limits.retain_available
+        and limits.maximum_packet_size is None
+        and limits.shared_available
+        and limits.wildcard_available
+    )
+
+
 def packet_size(outgoing: Outgoing) -> int:
     """The most bytes that its PUBLISH can have, without a Topic Alias."""
     # At most 5 bytes of fixed header, 2 of topic length, 2 of packet identifier.

@@ -91,12 +91,17 @@ class Outbox:
     def _superseded_by(self, outgoing: Outgoing) -> Outgoing | None:
         return self._latest.get(outgoing.raw_topic) if outgoing.offline is OfflinePolicy.LATEST else None
 
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody waits for room."""
+        return self._turn.locked()
+
     async def wait_room(self, outgoing: Outgoing) -> None:
         """Return when ``accept`` takes the message, or refuses it for good; callers are served in order.
 
         The caller must accept without an await in between. Checkpoints only if it has to wait.
         """
-        if not self._turn.locked() and self._decided(outgoing):
+        if not self.crowded and self._decided(outgoing):
             return
         self._counters.outbox_waits += 1
         async with self._turn:
@@ -215,10 +220,14 @@ class Outbox:
         """The next message to send; None if there is none."""
         outgoing = self.peek()
         if outgoing is not None:
-            self._lanes[0][1].popleft()
-            outgoing.queued = False
-            self._left(outgoing)
+            self.pop(outgoing)
         return outgoing
+
+    def pop(self, outgoing: Outgoing) -> None:
+        """Take out what ``peek`` has just returned."""
+        self._lanes[0][1].popleft()
+        outgoing.queued = False
+        self._left(outgoing)
 
     def peek(self) -> Outgoing | None:
         while self._lanes:

@@ -184,9 +184,12 @@ class Outgoing(Receipt):
         return NotConnectedError(f"publish to {self.topic!r}: {what} ({diagnosis})")
 
     async def wait(self) -> PublishResult:
-        if not self.done or self.turns is None:
-            await self.settled()
-        elif self.turns.over():
+        if not self.done:
+            while not self.done:  # as settled()
+                if self.waiter is None:
+                    self.waiter = trio.Event()
+                await self.waiter.wait()
+        elif self.turns is None or self.turns.over():
             await trio.lowlevel.checkpoint()
         else:
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -229,7 +232,8 @@ class Outgoing(Receipt):
 
 
 class Plain(Outgoing):
-    """One of QoS 1 that has a topic and a payload and nothing else, and is sent as it is made."""
+    """One of QoS 1 that is sent as it is made, and has nothing that the class does not have, but for a topic, a
+    payload and perhaps properties."""
 
     qos = 1
     attempts = 1
@@ -244,6 +248,11 @@ class Plain(Outgoing):
         self.offline = offline
         self.turns = turns
         self.size = len(raw_topic) + len(payload) + 1 + _OVERHEAD
+
+    def add_properties(self, block: bytes) -> None:
+        """Before it is sent."""
+        self.properties = block
+        self.size += len(block) - 1
 
 
 @attrs.frozen(kw_only=True)

@@ -307,16 +307,10 @@ class PacketReader:
                 pos += 1
         if not topic:
             raise ProtocolError("protocol error: PUBLISH with an empty Topic Name [MQTT-4.7.3-1]")
+        retain, dup = first & 1 == 1, first & 8 == 8
+        source = self._source
         return Message(
-            topic,
-            data[pos:stop],
-            qos,
-            first & 1 == 1,
-            first & 8 == 8,
-            properties,
-            packet_id,
-            self._generation,
-            source=self._source,
+            topic, data[pos:stop], qos, retain, dup, properties, packet_id, self._generation, False, None, source
         )
 
     def _new_topic(self, raw: bytes) -> str:

@@ -10,6 +10,9 @@ hold one against the other).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import attrs
 
 from ._errors import ProtocolError
@@ -36,6 +39,10 @@ _PUBLISH = {
     _TOPIC_ALIAS,
     _USER_PROPERTY,
 }
+_REPEATED = {"content_type", "response_topic", "user_properties"}
+"""Of those that a publish takes; the others belong to one message."""
+_CACHED_BLOCKS = 256
+_CACHED_LENGTH = 256
 _ACK = {_REASON_STRING, _USER_PROPERTY}
 
 
@@ -356,6 +363,34 @@ def encode_publish_properties(properties: PublishProperties) -> bytes:
         out += encode_text(pair[0], "user_properties")
         out += encode_text(pair[1], "user_properties")
     return encode_varint(len(out)) + bytes(out)
+
+
+class PropertyBlocks:
+    """Property blocks of publishes that have the same properties again and again, as keywords of ``publish()``.
+
+    To encode one costs more than all the rest of a publish.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[tuple[str, object], ...], bytes] = {}
+
+    def find(self, properties: Mapping[str, Any]) -> bytes | None:
+        """None for those that do not repeat, or are bad. Raises ``ValueError`` for bad values."""
+        key = tuple(properties.items())
+        try:
+            return self._blocks.get(key) or self._learn(key, properties)
+        except TypeError:  # not hashable, or of a wrong type
+            return None
+
+    def _learn(self, key: tuple[tuple[str, object], ...], properties: Mapping[str, Any]) -> bytes | None:
+        if not properties.keys() <= _REPEATED:
+            return None
+        block = encode_publish_properties(PublishProperties(**properties))
+        if len(block) <= _CACHED_LENGTH:
+            if len(self._blocks) >= _CACHED_BLOCKS:
+                self._blocks.clear()
+            self._blocks[key] = block
+        return block
 
 
 def check_message_expiry(value: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
@@ -85,6 +86,27 @@ class Publisher:
         )
         outgoing.settle(error)
         raise error
+
+    async def express(
+        self, topic: str, payload: object, qos: int, properties: Mapping[str, Any]
+    ) -> PublishResult | None:
+        """As ``publish``. None, and nothing is done, if it is not for the express lane, or not now."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        live = self._supervisor.live
+        if live is None:
+            return None
+        express = live.sender.express
+        if qos == 0:
+            sent = express.publish_0(topic, payload, properties)
+            if sent is None:
+                return None
+            if sent.turns.over():
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            return sent.result
+        if qos != 1 or not express.waits or self._outbox.crowded:
+            return None
+        outgoing = express.publish_1(topic, payload, properties)
+        return None if outgoing is None else await outgoing.wait()
 
     async def _publish(self, outgoing: Outgoing) -> PublishResult:
         if outgoing.expiry is None:

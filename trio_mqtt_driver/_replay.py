@@ -8,7 +8,7 @@ import trio
 
 from ._connection import Connection
 from ._errors import AckTimeoutError
-from ._limits import subscribe_refusal
+from ._limits import subscribe_refusal, takes_all
 from ._probe import sends_copies
 from ._registry import Batch, Registration, Registry
 from ._replies import Reply
@@ -73,10 +73,13 @@ def _split(filters: list[str], size: int, max_bytes: int | None) -> list[list[st
 
 async def _subscribe(connection: Connection, registry: Registry[Any], batches: list[Batch[Any]]) -> None:
     requests: list[tuple[list[tuple[Registration[Any], int]], Reply[tuple[ReasonCode, ...]]]] = []
+    unlimited = takes_all(connection.limits)
     for batch in batches:
         sent: list[tuple[Registration[Any], int]] = []
         for registration, revision in zip(batch.registrations, batch.revisions, strict=True):
-            refusal = subscribe_refusal(connection.limits, registration.topic_filter, batch.user_properties)
+            refusal = None
+            if not unlimited:
+                refusal = subscribe_refusal(connection.limits, registration.topic_filter, batch.user_properties)
             if refusal is None:
                 sent.append((registration, revision))
             else:

@@ -22,7 +22,7 @@ from ._errors import (
 )
 from ._express import ExpressLane
 from ._history import Counters
-from ._limits import packet_size, publish_error
+from ._limits import packet_size, publish_error, takes_all
 from ._outbox import Outbox
 from ._outgoing import Outgoing
 from ._packets import PUBCOMP, PUBREL, PubAcks, encode_ack, encode_publish, packet_name
@@ -81,6 +81,9 @@ class Sender:
         self._aliases = TopicAliases(0)
         self._begun = False
         self._live_since = math.inf
+        self._unlimited = False
+        """Whether the broker takes whatever MQTT has."""
+        self._paced = config.refill_rate < math.inf
         self._paced_until = -math.inf
         self._held_back = trio.Event()
         self._warned = False
@@ -96,6 +99,7 @@ class Sender:
         That cannot wait: brokers count it as in flight, and may have no room for the test publish before it is done.
         """
         self._limits = limits
+        self._unlimited = takes_all(limits)
         self._aliases = TopicAliases(min(self._config.topic_aliases, limits.topic_alias_maximum))
         window = limits.receive_maximum if self._version == 5 else _WINDOW_3_1_1
         self._window.size = min(self._config.in_flight, window)
@@ -148,10 +152,10 @@ class Sender:
         self._counters.messages_out += 1
         if self._version != 5 and (outgoing.properties != b"\0" or outgoing.expiry is not None):
             self._warn_once()
-        maximum = self._limits.maximum_packet_size
-        topic, alias = self._aliases.take(
-            outgoing.raw_topic, room=maximum is None or packet_size(outgoing) + ROOM <= maximum
-        )
+        topic, alias = outgoing.raw_topic, None
+        if self._aliases.maximum:
+            maximum = self._limits.maximum_packet_size
+            topic, alias = self._aliases.take(topic, room=maximum is None or packet_size(outgoing) + ROOM <= maximum)
         self._writer.write(
             encode_publish(
                 topic,
@@ -228,10 +232,10 @@ class Sender:
             outgoing = self._outbox.peek()
             if outgoing is None or (outgoing.qos and self._window.free <= 0) or not self._admits(outgoing):
                 return
-            if self._config.refill_rate < math.inf and self._too_early(outgoing):
+            if self._paced and self._too_early(outgoing):
                 return
-            self._outbox.take()
-            error = publish_error(self._limits, outgoing)
+            self._outbox.pop(outgoing)
+            error = None if self._unlimited else publish_error(self._limits, outgoing)
             if error is not None:
                 self._refuse(outgoing, error)
             else:

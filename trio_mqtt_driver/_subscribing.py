@@ -18,6 +18,11 @@ _CODES = {
 _CODES_3_1_1 = {code: ReasonCode(code) for code in (0x00, 0x01, 0x02, 0x80)}
 
 
+def _pack(request: SubscribeRequest) -> bytes:
+    options = request.qos | request.no_local << 2 | request.retain_as_published << 3 | request.retain_handling << 4
+    return encode_text(request.topic_filter, "topic_filter") + bytes((options,))
+
+
 @attrs.frozen(kw_only=True)
 class SubscribeRequest:
     """One Topic Filter of a SUBSCRIBE with its options [MQTT-3.8.3.1]."""
@@ -27,13 +32,8 @@ class SubscribeRequest:
     no_local: bool = False
     retain_as_published: bool = False
     retain_handling: RetainHandling = RetainHandling.SEND
-    packed: bytes = attrs.field(init=False, repr=False, eq=False)
+    packed: bytes = attrs.field(init=False, repr=False, eq=False, default=attrs.Factory(_pack, takes_self=True))
     """As it is in a packet of MQTT 5."""
-
-    @packed.default
-    def _pack(self) -> bytes:
-        options = self.qos | self.no_local << 2 | self.retain_as_published << 3 | self.retain_handling << 4
-        return encode_text(self.topic_filter, "topic_filter") + bytes((options,))
 
     @property
     def needs_5(self) -> bool:

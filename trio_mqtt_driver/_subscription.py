@@ -327,7 +327,7 @@ class Subscription(Generic[T]):
         ``receive`` says how; left out of it is, until the turn is over, what nearly all messages do not need.
         """
         queue = self._queue
-        while True:
+        while True:  # noqa: ASYNC913  # receive is the cancel point
             try:
                 message = await self.receive()
             except DriverClosedError:

@@ -7,13 +7,13 @@ from .base import Workload
 
 
 def _sink(qos: int, variant: str = "", version: str = "5", properties: bool = False) -> Workload:
-    job = Job("publish", "", qos=qos, count=50_000, version=version, properties=properties)
+    job = Job("publish", "", qos=qos, count=20_000, version=version, properties=properties)
     name = f"publish-{qos}-sink" + variant.replace(", ", "-")
     return Workload(name, f"Publish QoS {qos}, sink{variant}", "sink", job, least=100)
 
 
 def _broker(qos: int) -> Workload:
-    job = Job("publish", "", qos=qos, count=20_000)
+    job = Job("publish", "", qos=qos, count=10_000)
     return Workload(f"publish-{qos}-mosquitto", f"Publish QoS {qos}, mosquitto", "mosquitto", job, least=100)
 
 

@@ -7,13 +7,13 @@ from .base import Workload
 
 
 def _feeder(qos: int, variant: str = "", version: str = "5", properties: bool = False) -> Workload:
-    job = Job("receive", "", qos=qos, count=50_000, version=version, properties=properties)
+    job = Job("receive", "", qos=qos, count=20_000, version=version, properties=properties)
     name = f"receive-{qos}-feeder" + variant.replace(", ", "-")
     return Workload(name, f"Receive QoS {qos}, feeder{variant}", "feeder", job, least=100)
 
 
 def _broker(qos: int) -> Workload:
-    job = Job("receive", "", qos=qos, count=20_000)
+    job = Job("receive", "", qos=qos, count=10_000)
     title = f"Receive QoS {qos}, mosquitto"
     return Workload(f"receive-{qos}-mosquitto", title, "mosquitto and publisher", job, least=100)
 

@@ -10,7 +10,7 @@ ROUND_TRIP = tuple(
         f"round-trip-{qos}",
         f"Round trip QoS {qos}, mosquitto",
         "mosquitto",
-        Job("round_trip", "", qos=qos, count=500),
+        Job("round_trip", "", qos=qos, count=300),
         figure="p50",
         least=20,
     )

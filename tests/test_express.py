@@ -1,0 +1,321 @@
+"""The express lane does what the other way does, byte for byte, and leaves alone what is not for it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, strategies as st
+
+from tests.peers import memory_config
+from trio_mqtt_driver import (
+    DriverConfig,
+    Endpoint,
+    Message,
+    MQTTDriver,
+    NotConnectedError,
+    PublishRefusedError,
+    PublishResult,
+    QoS,
+    Receipt,
+)
+from trio_mqtt_driver._properties import PropertyBlocks
+from trio_mqtt_driver.testing import Direction, Kind, MemoryBroker
+
+settled = trio.testing.wait_all_tasks_blocked
+
+Call = dict[str, Any]
+
+
+class Recorder(trio.abc.Stream):
+    """Keeps what is written."""
+
+    def __init__(self, inner: trio.abc.Stream) -> None:
+        self._inner = inner
+        self.written = bytearray()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+        await self._inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._inner.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._inner.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+def lane_of(driver: MQTTDriver) -> Any:
+    live = driver._supervisor.live  # pyright: ignore[reportPrivateUsage]
+    assert live is not None
+    return live.sender.express
+
+
+def told(exc: Exception) -> tuple[type, str]:
+    return type(exc), str(exc)
+
+
+async def outcome(publishing: Awaitable[PublishResult]) -> object:
+    try:
+        result = await publishing
+    except Exception as exc:  # noqa: BLE001  # whatever it is, both must have it
+        return told(exc)
+    return result.reason_code, result.generation, result.attempts, result.queued
+
+
+async def run_calls(
+    calls: list[Call], *, awaited: bool, express: bool, limits: dict[str, Any], options: Call
+) -> object:
+    """Everything that can be seen of the calls."""
+    streams: list[Recorder] = []
+
+    async with trio.open_nursery() as nursery:
+        peer = MemoryBroker(nursery, **limits)
+
+        async def open_stream(_endpoint: Endpoint) -> trio.abc.Stream:
+            streams.append(Recorder(await peer.connect_stream()))
+            return streams[-1]
+
+        config: DriverConfig = memory_config(peer, open_stream=open_stream, **options)
+        async with MQTTDriver(config) as driver:
+            await settled()
+            if not express:
+                lane_of(driver).close()
+            before = len(streams[0].written)
+            outcomes: list[object] = []
+            receipts: list[Receipt] = []
+
+            def hand_over(call: Call) -> None:
+                try:
+                    receipts.append(driver.publish_nowait(**call))
+                except Exception as exc:  # noqa: BLE001  # whatever it is, both must have it
+                    outcomes.append(told(exc))
+
+            for call in calls:
+                if awaited:
+                    outcomes.append(await outcome(driver.publish(**call)))
+                else:
+                    hand_over(call)
+            outcomes += [await outcome(receipt.wait()) for receipt in receipts]
+            await settled()
+            counters = driver.status().counters
+            seen = {name: counters[name] for name in ("messages_out", "bytes_out", "outbox_refused", "refused")}
+            written = bytes(streams[0].written[before:])
+            assert driver.undelivered == ()
+        nursery.cancel_scope.cancel()
+    assert not peer.violations
+    return outcomes, written, seen
+
+
+class Odd:
+    """No payload."""
+
+
+topics = st.sampled_from(
+    ["a", "plant/7/temperature", "ä/ü", "t" * 300, "", "a/+", "a\0b", "x" * 65_536, b"a", ["a"], 1]
+)
+payloads = st.sampled_from(
+    [b"", b"x" * 64, b"x" * 120, b"x" * 130, b"y" * 900, b"z" * 20_000, bytearray(b"b"), "text", None, {"a": 1}, Odd()]
+)
+properties = st.sampled_from(
+    [
+        {},
+        {"content_type": "text/plain"},
+        {"content_type": None},
+        {"content_type": "text/plain", "user_properties": (("a", "1"), ("b", "2"))},
+        {"user_properties": [("a", "1")]},
+        {"user_properties": (["a", "1"],)},
+        {"user_properties": ((1, "1"),)},
+        {"response_topic": "a/b"},
+        {"response_topic": "a/#"},
+        {"content_type": 5},
+        {"content_type": "c" * 400},
+        {"correlation_data": b"1"},
+        {"message_expiry": 60},
+        {"payload_format": 1},
+        {"unknown": 1},
+    ]
+)
+calls = st.builds(
+    lambda topic, payload, qos, more, other: {"topic": topic, "payload": payload, "qos": qos, **more, **other},
+    topics,
+    payloads,
+    st.sampled_from([0, 1, 1, 2, QoS.AT_LEAST_ONCE, True, False, 3, None]),
+    properties,
+    st.sampled_from(
+        [{}, {}, {}, {"retain": True}, {"retain": 0}, {"priority": 1}, {"priority": 11}, {"offline": "fail"}]
+    ),
+)
+
+
+@given(
+    calls=st.lists(calls, max_size=12),
+    awaited=st.booleans(),
+    version=st.sampled_from(["5", "3.1.1"]),
+    limits=st.sampled_from(
+        [{}, {}, {"maximum_qos": 0}, {"maximum_packet_size": 150}, {"receive_maximum": 2}, {"retain_available": False}]
+    ),
+    options=st.sampled_from(
+        [
+            {},
+            {"write_buffer": 1024},
+            {"outbox_messages": 2, "outbox_full": "fail"},
+            {"in_flight": 1},
+            {"topic_aliases": 5},
+            {"offline": "queue"},
+            {"publish_timeout": 100},
+        ]
+    ),
+)
+def test_it_does_what_the_other_way_does(
+    calls: list[Call], awaited: bool, version: str, limits: dict[str, Any], options: dict[str, Any]
+) -> None:
+    if version == "3.1.1":
+        limits = {}
+
+    def run(express: bool) -> object:
+        return trio.run(
+            lambda: run_calls(
+                calls,
+                awaited=awaited,
+                express=express,
+                limits=limits,
+                options={"protocol": version, "client_id": "x", "probe": "ping", **options},
+            ),
+            clock=trio.testing.MockClock(autojump_threshold=0),
+        )
+
+    assert run(express=True) == run(express=False)
+
+
+@pytest.fixture
+def broker(nursery: trio.Nursery) -> MemoryBroker:
+    return MemoryBroker(nursery)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"payload": b"x" * 200, "qos": 1},
+        {"qos": QoS.AT_LEAST_ONCE, "content_type": "text/plain"},
+        {"user_properties": (("a", "b"),)},
+    ],
+)
+async def test_plain_publishes_take_it(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, call: Call
+) -> None:
+    """Else the tests above would compare nothing."""
+    async with MQTTDriver(memory_config(broker)) as driver:
+        lane = lane_of(driver)
+        used = 0
+
+        def count(name: str) -> None:
+            original = getattr(lane, name)
+
+            def publish(*args: Any) -> Any:
+                nonlocal used
+                done = original(*args)
+                used += done is not None
+                return done
+
+            setattr(lane, name, publish)
+
+        count("publish_0")
+        count("publish_1")
+        await driver.publish("a", **call)
+        await driver.publish_nowait("a", **call).wait()
+    assert used == 2
+
+
+async def test_a_receipt_of_qos_0_is_done_at_once(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    async with MQTTDriver(memory_config(broker)) as driver:
+        receipt = driver.publish_nowait("a", b"1")
+        assert receipt.done
+        assert repr(receipt) == "<Receipt qos=0 sent>"
+        result = await receipt.wait()
+        assert (result.generation, result.attempts, result.latency) == (1, 1, 0.0)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await receipt.wait()
+        assert scope.cancelled_caught
+
+
+async def test_it_is_closed_while_the_link_is_down_and_open_on_the_next(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    async with MQTTDriver(memory_config(broker)) as driver:
+        lane = lane_of(driver)
+        driver.pause()
+        waiting = [driver.publish_nowait("a", b"%d" % number, qos=qos) for number, qos in enumerate((0, 1))]
+        assert not any(receipt.done for receipt in waiting)
+        # Whoever still had the old connection's lane would come to nothing.
+        assert lane.publish_0("a", b"x", {}) is None
+        with pytest.raises(NotConnectedError):
+            driver.publish_nowait("a", offline="fail")
+        driver.resume()
+        for receipt in waiting:
+            await receipt.wait()
+        assert (await driver.publish("a", b"2")).generation == 2
+        await settled()
+    assert [one.payload for one in broker.published if one.topic == "a"] == [b"0", b"1", b"2"]
+
+
+async def test_messages_of_both_ways_keep_their_order(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    """Also when the write buffer and the window fill up in between."""
+    received: list[int] = []
+
+    def handle(message: Message[bytes]) -> None:
+        received.append(int(message.payload))
+
+    async with MQTTDriver(memory_config(broker, write_buffer=1024, in_flight=5)) as driver:
+        await driver.subscribe("a", handle, qos=1)
+        receipts = [
+            driver.publish_nowait("a", b"%04d" % number, qos=1, priority=0, retain=False, offline=offline)
+            for number in range(200)
+            for offline in ("wait" if number % 3 == 1 else None,)
+        ]
+        for receipt in receipts:
+            await receipt.wait()
+        await settled()
+    assert received == list(range(200))
+
+
+async def test_what_is_lost_on_the_way_is_sent_again(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    async with MQTTDriver(memory_config(broker)) as driver:
+        broker.faults.cut(Kind.PUBLISH, direction=Direction.IN, before=True)
+        result = await driver.publish("a", b"1", qos=1, content_type="text/plain")
+        assert result.attempts == 2
+    (message,) = [one for one in broker.published if one.topic == "a"]
+    assert message.properties["content_type"] == "text/plain"
+
+
+async def test_a_refusal_reaches_whoever_published(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    broker = MemoryBroker(nursery, acl=lambda access: access.topic != "secret")
+    async with MQTTDriver(memory_config(broker)) as driver:
+        with pytest.raises(PublishRefusedError):
+            await driver.publish("secret", qos=1)
+        assert isinstance(await driver.publish("open", qos=1), PublishResult)
+
+
+def test_a_topic_is_kept_for_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trio_mqtt_driver._properties._CACHED_BLOCKS", 2)
+    blocks = PropertyBlocks()
+    for name in ("a", "b", "c", "a"):
+        assert blocks.find({"content_type": name}) == b"\x04\x03\0\1" + name.encode()
+    assert blocks.find({"content_type": "x" * 300}) is not None
+    assert blocks.find({"message_expiry": 1}) is None
