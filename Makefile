@@ -25,7 +25,7 @@ coverage:
 	$(MAKE) test COVERAGE='-m coverage run'
 	$(BIN)/python -m coverage report
 
-# Takes about an hour; ARGS=--quick for a look, ARGS=--help for the rest. docs/performance.md tells what it measures.
+# Takes about half an hour; ARGS=--quick for a look, ARGS=--help for the rest. docs/performance.md tells what it measures.
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 

@@ -319,3 +319,31 @@ def test_a_topic_is_kept_for_as_long_as_there_is_room(monkeypatch: pytest.Monkey
         assert blocks.find({"content_type": name}) == b"\x04\x03\0\1" + name.encode()
     assert blocks.find({"content_type": "x" * 300}) is not None
     assert blocks.find({"message_expiry": 1}) is None
+
+
+async def test_what_waited_for_the_window_is_sent_on_whatever_link_there_is(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """It was made for MQTT 5, waits in the outbox, and leaves on a link that speaks 3.1.1, or has topic aliases."""
+    broker = MemoryBroker(nursery)
+    config = memory_config(broker, in_flight=2, probe="ping")
+    async with MQTTDriver(config) as driver:
+        broker.faults.hold(Kind.PUBACK, times=2)
+        receipts = [
+            driver.publish_nowait("a/b/c", b"%d" % number, qos=1, content_type="text/plain") for number in range(4)
+        ]
+        assert [one.attempts for one in driver.undelivered] == [1, 1, 0, 0]
+        driver.apply_settings(config.evolve(protocol="3.1.1"))
+        for receipt in receipts:
+            result = await receipt.wait()
+            assert (result.generation, result.attempts) in ((2, 1), (2, 2))
+        broker.faults.hold(Kind.PUBACK, times=2)
+        driver.apply_settings(config.evolve(protocol="5"))
+        await driver.wait_live()
+        receipts = [driver.publish_nowait("a/b/c", b"%d" % number, qos=1) for number in range(4, 8)]
+        driver.apply_settings(config.evolve(topic_aliases=5))
+        for receipt in receipts:
+            await receipt.wait()
+    arrived = [int(one.payload) for one in broker.published if one.topic == "a/b/c"]
+    assert sorted(set(arrived)) == list(range(8))
+    assert not broker.violations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -294,3 +295,75 @@ def test_the_messages_of_a_connection_that_is_over_do_not_keep_each_other() -> N
             receiving.publish(incoming(qos, packet_id))
     receiving.end()
     assert not receiving._line.messages
+
+
+# -- many at once ---------------------------------------------------------------------------------------------------
+
+
+def test_pubacks_of_a_row_are_sent_together_and_in_order() -> None:
+    receiving = IncomingWindow(10)
+    messages = [incoming(1, number, payload=b"x") for number in range(1, 5)]
+    receiving.publish_row([messages[0], incoming(0), *messages[1:]])
+    assert (len(receiving), receiving.room) == (4, 6)
+    for message in messages[:3]:
+        message._open = 0
+        receiving.processed.append(message)
+    assert len(receiving) == 1
+    assert receiving.collect(0.0) == acks(PUBACK, 1, 2, 3)
+    assert (len(receiving), receiving.room, receiving._bytes) == (1, 9, 1)
+
+
+def test_what_is_collected_out_of_turn_waits_for_it() -> None:
+    receiving = IncomingWindow(10, patience=0.5)
+    messages = [incoming(1, number) for number in range(1, 4)]
+    receiving.publish_row(messages)
+    for message in (messages[2], messages[1]):
+        message._open = 0
+        receiving.processed.append(message)
+    assert receiving.collect(7.0) == b""
+    assert receiving.look_at == 7.5
+    assert receiving.overtake_late(7.5) == acks(PUBACK, 2, 3)
+    messages[0]._open = 0
+    receiving.processed.append(messages[0])  # it has lost its place, and there is no line any more
+    assert receiving.collect(8.0) == acks(PUBACK, 1)
+    assert len(receiving) == 0
+
+
+@given(
+    qos=st.lists(st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=12),
+    order=st.randoms(use_true_random=False),
+    steps=st.lists(st.sampled_from(["process", "process", "collect", "time", "overtake"]), max_size=60),
+)
+def test_in_rows_the_same_is_sent_in_the_same_order_as_one_by_one(
+    qos: list[int], order: random.Random, steps: list[str]
+) -> None:
+    now = 0.0
+    single, rows = (IncomingWindow(100, patience=0.5) for _ in range(2))
+    pairs = [(incoming(one, number), incoming(one, number)) for number, one in enumerate(qos, start=1)]
+    for mine, other in pairs:
+        single.publish(mine)
+        rows.publish(other)
+    left = list(pairs)
+    order.shuffle(left)
+    sent_single = sent_rows = b""
+    for step in [*steps, *["process"] * len(pairs), "collect"]:
+        if step == "process" and left:
+            mine, other = left.pop()
+            sent_single += done(single, mine, now)
+            if other.qos == 1:
+                other._open = 0
+                rows.processed.append(other)
+            else:
+                sent_rows += rows.collect(now) + done(rows, other, now)
+        elif step == "collect":
+            sent_rows += rows.collect(now)
+            assert sent_rows == sent_single
+            assert (len(rows), rows.unanswered, rows.look_at) == (len(single), single.unanswered, single.look_at)
+        elif step == "time":
+            sent_rows += rows.collect(now)
+            now += 0.3
+        else:
+            sent_single += single.overtake_late(now)
+            sent_rows += rows.collect(now) + rows.overtake_late(now)
+    assert sent_rows == sent_single
+    assert len(rows) == len(single)

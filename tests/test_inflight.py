@@ -256,3 +256,53 @@ def test_the_identifiers_of_a_session_that_ended_are_free() -> None:
         session.ids.allocate()
     session.begin(present=False)
     assert packet_id in [session.ids.allocate() for _ in range(65535)]
+
+
+# -- many PUBACKs at once -------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_pubacks_ends_its_exchanges_in_order() -> None:
+    sending = window()
+    messages = [outgoing(1, topic=str(number)) for number in range(4)]
+    ids = send(sending, *messages)
+    sending.flushed(40, 1.0)
+    taken: list[Outgoing] = []
+    sending.take_pubacks([ids[0], 77, ids[1], ids[0]], 5.0, taken)  # of nothing, and again: brokers repeat them
+    assert taken == messages[:2]
+    assert len(sending) == 2
+    assert sending.oldest_sent_at == 5.0  # the broker goes on: the third waits since then
+    sending.take_pubacks([ids[3]], 6.0, taken)
+    assert sending.oldest_sent_at == 5.0
+    sending.take_pubacks([ids[2]], 7.0, taken)
+    assert taken == [messages[0], messages[1], messages[3], messages[2]]
+    assert sending.oldest_sent_at == math.inf
+
+
+def test_a_row_of_pubacks_with_a_wrong_one_counts_up_to_that() -> None:
+    sending = window()
+    messages = [outgoing(qos, topic=str(qos)) for qos in (1, 2, 1)]
+    ids = send(sending, *messages)
+    taken: list[Outgoing] = []
+    with pytest.raises(ProtocolError, match="PUBACK for packet identifier 2, which was published with QoS 2"):
+        sending.take_pubacks(ids, 1.0, taken)
+    assert taken == messages[:1]
+    assert len(sending) == 2
+
+
+def test_a_puback_for_what_is_still_to_be_taken_up_is_no_longer_taken_up() -> None:
+    sending = window()
+    messages = [outgoing(1, topic=str(number)) for number in range(3)]
+    ids = send(sending, *messages)
+    sending.begin_again()
+    taken: list[Outgoing] = []
+    sending.take_pubacks(ids[:2], 1.0, taken)
+    assert taken == messages[:2]
+    assert take_up(sending) == [("2", False)]
+
+
+def test_identifiers_go_round_and_leave_out_those_in_use() -> None:
+    ids = PacketIds()
+    sending = OutgoingWindow(ids, 10)
+    ids.last = 65533
+    ids.used.add(65535)
+    assert [sending.add(outgoing()) for _ in range(3)] == [65534, 1, 2]

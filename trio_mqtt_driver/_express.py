@@ -105,14 +105,9 @@ class ExpressLane:
         return self.sent
 
     def publish_1(self, topic: str, payload: object, properties: Mapping[str, Any]) -> Plain | None:
-        """Send a message of QoS 1; the rest as with ``publish_0``."""
+        """Send a message of QoS 1, or queue it if the window is full; the rest as with ``publish_0``."""
         writer = self._writer
-        window = self._window
-        if (
-            type(payload) is not bytes
-            or writer.written - writer.flushed >= self._write_buffer
-            or not window.takes_more
-        ):
+        if type(payload) is not bytes or writer.written - writer.flushed >= self._write_buffer:
             return None
         try:
             raw_topic, head, _ = self._heads[topic]
@@ -124,26 +119,41 @@ class ExpressLane:
             if found is None or not block:
                 return None
             block = found
-        length = len(head) + 2 + len(block) + len(payload)
-        if length > self._longest_1:
+        if len(head) + 2 + len(block) + len(payload) > self._longest_1:
             return None
         outgoing = Plain(topic, raw_topic, payload, self._now(), self._policy, self.turns)
         if properties:
             outgoing.add_properties(block)
-        if not self._outbox.admit(outgoing):
+        if self._window.takes_more:
+            if not self._outbox.admit(outgoing):
+                return None
+            self._send(outgoing, head, block)
+        elif self._policy is OfflinePolicy.LATEST or not self._outbox.enqueue(outgoing):
             return None
-        packet_id = window.add(outgoing)
+        return outgoing
+
+    def send(self, outgoing: Plain) -> None:
+        """Send a message that has waited in the outbox, on this link or an older one."""
+        topic = outgoing.topic
+        _, head, _ = self._heads.get(topic) or self._learn(topic)
+        self._send(outgoing, head, outgoing.properties if self._block else b"")
+
+    def _send(self, outgoing: Plain, head: bytes, block: bytes) -> None:
+        packet_id = self._window.add(outgoing)
+        payload = outgoing.payload
+        length = len(head) + 2 + len(block) + len(payload)
         if length < 128:
             packet = b"2%c%b%c%c%b%b" % (length, head, packet_id >> 8, packet_id & 255, block, payload)
         else:
             size = length & 127 | 128, length >> 7
             packet = b"2%c%c%b%c%c%b%b" % (*size, head, packet_id >> 8, packet_id & 255, block, payload)
+        writer = self._writer
         writer.buffer.append(packet)
         writer.written = outgoing.wire_end = writer.written + len(packet)
         if writer.idle:
             writer.wake.set()
+        outgoing.attempts += 1
         self._counters.messages_out += 1
-        return outgoing
 
     def _learn(self, topic: str) -> tuple[bytes, bytes, bytes]:
         raw_topic = check_topic(topic)

@@ -208,8 +208,7 @@ class OutgoingWindow:
             del sent[packet_id]
             release(packet_id)
             taken.append(outgoing)
-        if self._unsent:
-            for packet_id in packet_ids:
+            if self._unsent:
                 self._unsent.pop(packet_id, None)
         if sent.first is not first:
             sent.since = now

@@ -30,7 +30,7 @@ from ._errors import (
     SupersededError,
 )
 from ._history import Counters
-from ._outgoing import Outgoing
+from ._outgoing import Outgoing, Plain
 from ._store import Store
 from ._types import OfflinePolicy, ReasonCode
 
@@ -149,6 +149,21 @@ class Outbox:
         outgoing.on_settled = self._on_settled
         if self._store is not None:
             self._store.add(outgoing)
+        return True
+
+    def enqueue(self, outgoing: Plain) -> bool:
+        """As ``accept``, on a live link; False, and nothing is done, if it is not as simple as nearly always."""
+        size = self.accepted_bytes + outgoing.size
+        if self._store is not None or (
+            self.accepted and (self.accepted >= self._max_messages or size > self._max_bytes)  # as _has_room
+        ):
+            return False
+        self.accepted += 1
+        self.accepted_bytes = size
+        outgoing.on_settled = self._on_settled
+        self._lane(outgoing.priority).append(outgoing)
+        outgoing.queued = True
+        self._waiting += 1
         return True
 
     def _make_room(self, outgoing: Outgoing) -> None:

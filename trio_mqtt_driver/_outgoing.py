@@ -232,11 +232,9 @@ class Outgoing(Receipt):
 
 
 class Plain(Outgoing):
-    """One of QoS 1 that is sent as it is made, and has nothing that the class does not have, but for a topic, a
-    payload and perhaps properties."""
+    """One of QoS 1 that has a topic, a payload and perhaps properties, and else what the class has."""
 
     qos = 1
-    attempts = 1
 
     def __init__(
         self, topic: str, raw_topic: bytes, payload: bytes, accepted_at: float, offline: OfflinePolicy, turns: Turns
@@ -250,7 +248,7 @@ class Plain(Outgoing):
         self.size = len(raw_topic) + len(payload) + 1 + _OVERHEAD
 
     def add_properties(self, block: bytes) -> None:
-        """Before it is sent."""
+        """Before it is accepted."""
         self.properties = block
         self.size += len(block) - 1
 

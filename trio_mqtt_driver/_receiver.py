@@ -112,6 +112,7 @@ class Receiver:
 
     async def wait_room(self) -> None:
         """Return when it is not ``full``. Not counting what waits for PUBREL: that could not be read meanwhile."""
+        self.collect()
         while self._window.full:
             self._acknowledged = trio.Event()
             await self._acknowledged.wait()

@@ -24,7 +24,7 @@ from ._express import ExpressLane
 from ._history import Counters
 from ._limits import packet_size, publish_error, takes_all
 from ._outbox import Outbox
-from ._outgoing import Outgoing
+from ._outgoing import Outgoing, Plain
 from ._packets import PUBCOMP, PUBREL, PubAcks, encode_ack, encode_publish, packet_name
 from ._properties import extend_block
 from ._session import Session
@@ -140,6 +140,14 @@ class Sender:
 
     def send(self, outgoing: Outgoing) -> None:
         """Put one message on the wire, past the outbox; one of QoS 1 or 2 needs room in the window."""
+        if (
+            isinstance(outgoing, Plain)
+            and not outgoing.suspected
+            and not self._aliases.maximum
+            and (self._version == 5 or outgoing.properties == b"\0")
+        ):
+            self.express.send(outgoing)
+            return
         packet_id = self._window.add(outgoing) if outgoing.qos else 0
         self._publish(outgoing, packet_id)
         if not outgoing.qos:

@@ -367,7 +367,7 @@ class PublishResult:
     attempts: int
     """How many connections it was sent on; 1 unless the link was lost meanwhile."""
     latency: float
-    """Seconds from the call to the acknowledgement."""
+    """Seconds from the call to the acknowledgement; 0 if a live link took a message of QoS 0 at once."""
     queued: bool = False
     """The link is down, and the message is in the outbox: accepted, not acknowledged (``offline="queue"`` and
     ``"latest"`` only; with the latter, a newer one may have taken its place). Then ``reason_code`` is 0,

@@ -92,7 +92,7 @@ async def publish(job: Job, gauge: Gauge) -> None:
         await driver.subscribe(DONE, done)
         gauge.start()
         if job.api == "nowait":
-            await _publish_receipts(driver, job)
+            await (_publish_receipts if job.qos else _publish_until_full)(driver, job)
         elif job.qos:
             await _publish_in_tasks(driver, job)
         else:
@@ -103,7 +103,7 @@ async def publish(job: Job, gauge: Gauge) -> None:
 
 
 async def _publish_receipts(driver: MQTTDriver, job: Job) -> None:
-    """Without waiting for each: a window's worth, then their receipts; of QoS 0 the last one, for the others' turn."""
+    """Without waiting for each: a window's worth of receipts, then these are waited for."""
     topics, content = job.topic_names(), job.content
     several = len(topics)
     publish: Any = partial(driver.publish_nowait, qos=job.qos, **properties(job))
@@ -111,7 +111,18 @@ async def _publish_receipts(driver: MQTTDriver, job: Job) -> None:
         receipts = [
             publish(topics[number % several], content) for number in range(start, min(start + WINDOW, job.count))
         ]
-        for receipt in receipts if job.qos else receipts[-1:]:
+        for receipt in receipts:
+            await receipt.wait()
+
+
+async def _publish_until_full(driver: MQTTDriver, job: Job) -> None:
+    """Without waiting, but when the write buffer is full, or others have waited for long enough."""
+    topics, content = job.topic_names(), job.content
+    several = len(topics)
+    publish: Any = partial(driver.publish_nowait, qos=0, **properties(job))
+    for number in range(job.count):
+        receipt = publish(topics[number % several], content)
+        if not receipt.done or not number % WINDOW:
             await receipt.wait()
 
 
