@@ -337,6 +337,16 @@ def test_what_is_collected_out_of_turn_waits_for_it() -> None:
 def test_in_rows_the_same_is_sent_in_the_same_order_as_one_by_one(
     qos: list[int], order: random.Random, steps: list[str]
 ) -> None:
+    """But that what was overtaken may come before what has a place: it has none."""
+
+    def in_order(sent: bytes, messages: list[Message[Any]]) -> tuple[list[bytes], list[bytes]]:
+        packets = [sent[start : start + 4] for start in range(0, len(sent), 4)]
+        overtaken = {message.packet_id for message in messages if message._overtaken}
+        return (
+            [packet for packet in packets if packet[3] in overtaken],
+            [packet for packet in packets if packet[3] not in overtaken],
+        )
+
     now = 0.0
     single, rows = (IncomingWindow(100, patience=0.5) for _ in range(2))
     pairs = [(incoming(one, number), incoming(one, number)) for number, one in enumerate(qos, start=1)]
@@ -357,7 +367,9 @@ def test_in_rows_the_same_is_sent_in_the_same_order_as_one_by_one(
                 sent_rows += rows.collect(now) + done(rows, other, now)
         elif step == "collect":
             sent_rows += rows.collect(now)
-            assert sent_rows == sent_single
+            assert in_order(sent_rows, [other for _, other in pairs]) == in_order(
+                sent_single, [mine for mine, _ in pairs]
+            )
             assert (len(rows), rows.unanswered, rows.look_at) == (len(single), single.unanswered, single.look_at)
         elif step == "time":
             sent_rows += rows.collect(now)
@@ -365,5 +377,4 @@ def test_in_rows_the_same_is_sent_in_the_same_order_as_one_by_one(
         else:
             sent_single += single.overtake_late(now)
             sent_rows += rows.collect(now) + rows.overtake_late(now)
-    assert sent_rows == sent_single
     assert len(rows) == len(single)

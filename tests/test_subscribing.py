@@ -51,9 +51,10 @@ class Pipe:
 
 def by_paho(wanted: list[SubscribeRequest], identifier: int | None, users: list[tuple[str, str]]) -> bytes:
     arguments: dict[str, Any] = {"client_id": "x", "protocol": mqtt.MQTTv5}
-    if hasattr(mqtt, "CallbackAPIVersion"):
-        arguments["callback_api_version"] = mqtt.CallbackAPIVersion.VERSION2
-    client: Any = mqtt.Client(**arguments)
+    paho: Any = mqtt
+    if hasattr(paho, "CallbackAPIVersion"):
+        arguments["callback_api_version"] = paho.CallbackAPIVersion.VERSION2
+    client: Any = paho.Client(**arguments)
     pipe = client._sock = Pipe()
     properties: Any = Properties(PacketTypes.SUBSCRIBE)  # type: ignore[no-untyped-call]  # paho has no annotations there
     if identifier is not None:

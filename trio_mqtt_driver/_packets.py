@@ -61,6 +61,9 @@ _FROM_SERVER_4 = {CONNACK, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBACK, UNSUBACK, PI
 _FROM_SERVER_4.update(first for first in range(0x30, 0x40) if first & 6 != 6)
 _FROM_SERVER_5 = _FROM_SERVER_4 | {DISCONNECT, AUTH}
 _ACKS = {PUBACK, PUBREC, PUBREL, PUBCOMP}
+_SHORT_HEADER = struct.Struct(">BBH").unpack_from
+_LONG_HEADER = struct.Struct(">BBBH").unpack_from
+"""First byte, length in one byte or two, and the length of the Topic Name."""
 _PUBACKS = re.compile(rb"(?:@\x02..)+", re.DOTALL)
 """PUBACK upon PUBACK, without reason codes: the only packets that come in such numbers that each call counts."""
 
@@ -207,18 +210,22 @@ class PacketReader:
         generation = self._generation
         source = self._source
         highest = 0
+        short_header, long_header = _SHORT_HEADER, _LONG_HEADER
+        first: int
+        length: int
+        high: int
+        size: int
         while start + 5 < end:
-            first = data[start]
-            length = data[start + 1]
+            first, length, size = short_header(data, start)
             body = start + 4
             if length > 127:
-                high = data[start + 2]
+                first, length, high, size = long_header(data, start)
                 if not 0 < high < 128:
                     break
                 length += (high << 7) - 128
                 body += 1
             stop = body - 2 + length
-            pos = body + (data[body - 2] << 8 | data[body - 1])
+            pos = body + size
             if stop > end or stop - start > maximum:
                 break
             topic = known(data[body:pos])

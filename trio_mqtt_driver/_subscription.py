@@ -327,11 +327,13 @@ class Subscription(Generic[T]):
         ``receive`` says how; left out of it is, until the turn is over, what nearly all messages do not need.
         """
         queue = self._queue
+        checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled
         while True:  # noqa: ASYNC913  # receive is the cancel point
             try:
                 message = await self.receive()
             except DriverClosedError:
                 return
+            calls, until, now = self._calls, self._until, self._now
             while True:
                 try:
                     outcome = handler(message)
@@ -340,15 +342,28 @@ class Subscription(Generic[T]):
                 except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
                     if self._failed(self, message, exc):
                         return
-                if not queue or self._calls >= _TURN or self._typed or self._now() >= self._until:
+                if not queue or calls >= _TURN or self._typed or now() >= until:
                     break
-                self._calls += 1
-                if message.qos:
-                    self.finish()
-                else:
+                calls += 1
+                if not message.qos:
                     self._handed_out = message._source = None
-                await trio.lowlevel.checkpoint_if_cancelled()
-                message = self._take()
+                elif self._manual:
+                    self.finish()
+                else:  # as finish
+                    self._handed_out = None
+                    message._done()
+                await checkpoint_if_cancelled()
+                message = queue.popleft()  # as _take
+                payload = message.payload
+                self._queued_bytes -= len(payload)
+                if self.watched:
+                    self._changed(self)
+                if message.qos:
+                    message._reader = self
+                message.value = payload  # type: ignore[assignment]  # then T is bytes
+                self._delivered += 1
+                self._handed_out = message
+            self._calls = calls
 
     def _take(self) -> Message[T]:
         """Hand out the first message of the queue, of a subscription to bytes."""
