@@ -203,6 +203,7 @@ def broker(nursery: trio.Nursery) -> MemoryBroker:
     "call",
     [
         {},
+        {"payload": b"x" * 200},
         {"payload": b"x" * 200, "qos": 1},
         {"qos": QoS.AT_LEAST_ONCE, "content_type": "text/plain"},
         {"user_properties": (("a", "b"),)},
@@ -300,6 +301,17 @@ async def test_what_is_lost_on_the_way_is_sent_again(
         assert result.attempts == 2
     (message,) = [one for one in broker.published if one.topic == "a"]
     assert message.properties["content_type"] == "text/plain"
+
+
+async def test_more_topics_than_are_kept_cost_time_only(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio_mqtt_driver._express._CACHED_TOPICS", 2)
+    topics = ["a", "b", "c", "a", "t" * 300, "b"]
+    async with MQTTDriver(memory_config(broker, probe="ping")) as driver:
+        for topic in topics:
+            await driver.publish(topic, qos=1)
+    assert [one.topic for one in broker.published] == topics
 
 
 async def test_a_refusal_reaches_whoever_published(

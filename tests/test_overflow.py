@@ -230,6 +230,25 @@ async def test_a_flood_into_a_stuck_handler_takes_no_more_memory_than_the_bounds
         assert (await driver.publish("out", qos=1)).generation == 1
 
 
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_a_quick_handler_empties_a_blocking_queue_that_has_filled_up_in_one_read(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, qos: int
+) -> None:
+    received: list[int] = []
+
+    def handle(message: Message[bytes]) -> None:
+        received.append(int(message.payload))
+
+    async with MQTTDriver(memory_config(broker, receive_maximum=1000)) as driver:
+        subscription = await driver.subscribe("a", handle, qos=qos, overflow=Overflow.BLOCK, queue_messages=10)
+        for number in range(500):
+            broker.publish("a", b"%d" % number, qos=qos)
+        await settled()
+        assert received == list(range(500))
+        assert subscription.statistics().dropped == 0
+        assert driver.status().unacknowledged == 0
+
+
 async def test_a_message_of_a_dead_connection_that_somebody_keeps_does_not_keep_the_others(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker
 ) -> None:

@@ -95,45 +95,79 @@ def test_variable_byte_integers_are_those_of_the_specification(value: int, data:
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "data, words",
-    [
-        (b"\x36\x05\x00\x01a\x00\x01", "PUBLISH with first byte 0x36"),  # QoS 3
-        (b"\x38\x03\x00\x01a", "DUP and QoS 0"),
-        (b"\x32\x05\x00\x01a\x00\x00", "Packet Identifier 0"),
-        (b"\x32\x03\x00\x01a", "without its Packet Identifier"),
-        (b"\x32\x04\x00\x01a\x00", "without its Packet Identifier"),
-        (b"\x30\x00", "without a Topic Name"),
-        (b"\x30\x01\x00", "without a Topic Name"),
-        (b"\x30\x02\x00\x00", "empty Topic Name"),
-        (b"\x30\x03\x00\x02a", "longer than the packet"),
-        (b"\x30\x03\x00\x01\x00", "U+0000"),
-        (b"\x30\x03\x00\x01\xff", "not UTF-8"),
-        (b"\x30\x05\x00\x03\xed\xa0\x80", "not UTF-8"),  # a surrogate
-        (b"\x30\x03\x00\x01+", "wildcard"),
-        (b"\x30\x05\x00\x03a/#", "wildcard"),
-        (b"\x40\x02\x00\x00", "PUBACK with Packet Identifier 0"),
-        (b"\x40\x01\x00", "PUBACK with 1 bytes"),
-        (b"\x40\x03\x00\x01\x00", "PUBACK with 3 bytes"),
-        (b"\x41\x02\x00\x01", "PUBACK with first byte 0x41"),
-        (b"\x60\x02\x00\x01", "PUBREL with first byte 0x60"),
-        (b"\x92\x03\x00\x01\x00", "SUBACK with first byte 0x92"),
-        (b"\x00\x00", "packet type 0"),
-        (b"\x10\x00", "CONNECT with first byte 0x10 from a server"),
-        (b"\x82\x00", "SUBSCRIBE with first byte 0x82 from a server"),
-        (b"\xc0\x00", "PINGREQ with first byte 0xc0 from a server"),
-        (b"\xe0\x00", "DISCONNECT with first byte 0xe0 from a server"),
-        (b"\xf0\x00", "AUTH with first byte 0xf0"),
-        (b"\x30\x80\x80\x80\x80", "Remaining Length of more than 4 bytes"),
-        (b"\xd0\x80\x00", "shortest form"),
-    ],
-)
+FAULTS_3_1_1 = [
+    (b"\x36\x05\x00\x01a\x00\x01", "PUBLISH with first byte 0x36"),  # QoS 3
+    (b"\x38\x03\x00\x01a", "DUP and QoS 0"),
+    (b"\x32\x05\x00\x01a\x00\x00", "Packet Identifier 0"),
+    (b"\x32\x03\x00\x01a", "without its Packet Identifier"),
+    (b"\x32\x04\x00\x01a\x00", "without its Packet Identifier"),
+    (b"\x30\x00", "without a Topic Name"),
+    (b"\x30\x01\x00", "without a Topic Name"),
+    (b"\x30\x02\x00\x00", "empty Topic Name"),
+    (b"\x30\x03\x00\x02a", "longer than the packet"),
+    (b"\x30\x03\x00\x01\x00", "U+0000"),
+    (b"\x30\x03\x00\x01\xff", "not UTF-8"),
+    (b"\x30\x05\x00\x03\xed\xa0\x80", "not UTF-8"),  # a surrogate
+    (b"\x30\x03\x00\x01+", "wildcard"),
+    (b"\x30\x05\x00\x03a/#", "wildcard"),
+    (b"\x40\x02\x00\x00", "PUBACK with Packet Identifier 0"),
+    (b"\x40\x01\x00", "PUBACK with 1 bytes"),
+    (b"\x40\x03\x00\x01\x00", "PUBACK with 3 bytes"),
+    (b"\x41\x02\x00\x01", "PUBACK with first byte 0x41"),
+    (b"\x60\x02\x00\x01", "PUBREL with first byte 0x60"),
+    (b"\x92\x03\x00\x01\x00", "SUBACK with first byte 0x92"),
+    (b"\x00\x00", "packet type 0"),
+    (b"\x10\x00", "CONNECT with first byte 0x10 from a server"),
+    (b"\x82\x00", "SUBSCRIBE with first byte 0x82 from a server"),
+    (b"\xc0\x00", "PINGREQ with first byte 0xc0 from a server"),
+    (b"\xe0\x00", "DISCONNECT with first byte 0xe0 from a server"),
+    (b"\xf0\x00", "AUTH with first byte 0xf0"),
+    (b"\x30\x80\x80\x80\x80", "Remaining Length of more than 4 bytes"),
+    (b"\xd0\x80\x00", "shortest form"),
+]
+
+
+@pytest.mark.parametrize("data, words", FAULTS_3_1_1)
 def test_what_3_1_1_does_not_allow_is_a_protocol_error(data: bytes, words: str) -> None:
     packets, error = read(data, version=4)
     assert packets == []
     assert words in error
     with pytest.raises(WireError):
         list(Decoder(server=False, version=4).packets(CONNACK[4] + data))
+
+
+@pytest.mark.parametrize("data, words", FAULTS_3_1_1)
+def test_a_fault_in_the_middle_of_a_flood_is_found_too_and_what_came_before_is_kept(data: bytes, words: str) -> None:
+    """Known topics and packets that are alike are read in a quicker way, which must not be one past the rules."""
+    good = b"\x30\x04\x00\x01ax\x32\x06\x00\x01a\x00\x07y"
+    packets, error = read(good * 2 + data, version=4)
+    assert [wire_publish(packet).payload for packet in packets if isinstance(packet, Message)] == [b"x", b"y"] * 2
+    assert len(packets) == 4
+    assert words in error
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"\x32\x05\x00\x01a\x00\x00",  # an identifier of 0
+        b"\x32\x04\x00\x01a\x00",  # half an identifier
+        b"\x32\x05\x00\x01a\x00\x07",  # no property length
+        b"\x30\x03\x00\x01a",
+        b"\x30\x05\x00\x09a\x00x",  # a topic beyond the packet
+    ],
+)
+def test_a_flood_of_mqtt_5_is_read_by_the_rules_too(rest: bytes) -> None:
+    good = b"\x30\x05\x00\x01a\x00x\x32\x07\x00\x01a\x00\x07\x00y"
+    packets, error = read(good * 2 + rest + good)
+    assert len(packets) == 4
+    assert error
+
+
+def test_pubacks_before_a_bad_one_count() -> None:
+    assert read(b"@\x02\x00\x05" * 3 + b"@\x02\x00\x00" + b"@\x02\x00\x06") == (
+        [[5, 5, 5]],
+        "protocol error: PUBACK with Packet Identifier 0 [MQTT-2.2.1-3]",
+    )
 
 
 @pytest.mark.parametrize(
