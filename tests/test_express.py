@@ -194,6 +194,21 @@ def test_it_does_what_the_other_way_does(
     assert run(express=True) == run(express=False)
 
 
+@pytest.mark.parametrize("qos", [0, 1])
+@pytest.mark.parametrize("limits", [{"maximum_packet_size": 100}, {"maximum_qos": 0}])
+def test_what_comes_near_a_limit_is_decided_as_the_other_way_decides(limits: dict[str, Any], qos: int) -> None:
+    calls = [{"topic": "a/b", "payload": bytes(size), "qos": qos} for size in range(70, 105)]
+    options = {"client_id": "x", "probe": "ping"}
+
+    def run(express: bool) -> object:
+        return trio.run(
+            lambda: run_calls(calls, awaited=False, express=express, limits=limits, options=options),
+            clock=trio.testing.MockClock(autojump_threshold=0),
+        )
+
+    assert run(express=True) == run(express=False)
+
+
 @pytest.fixture
 def broker(nursery: trio.Nursery) -> MemoryBroker:
     return MemoryBroker(nursery)
@@ -256,10 +271,12 @@ async def test_it_is_closed_while_the_link_is_down_and_open_on_the_next(
     async with MQTTDriver(memory_config(broker)) as driver:
         lane = lane_of(driver)
         driver.pause()
-        waiting = [driver.publish_nowait("a", b"%d" % number, qos=qos) for number, qos in enumerate((0, 1))]
-        assert not any(receipt.done for receipt in waiting)
+        await settled()
         # Whoever still had the old connection's lane would come to nothing.
         assert lane.publish_0("a", b"x", {}) is None
+        assert lane.publish_1("a", b"x", {}) is None
+        waiting = [driver.publish_nowait("a", b"%d" % number, qos=qos) for number, qos in enumerate((0, 1))]
+        assert not any(receipt.done for receipt in waiting)
         with pytest.raises(NotConnectedError):
             driver.publish_nowait("a", offline="fail")
         driver.resume()
