@@ -96,6 +96,8 @@ class DirectPeer:
         """Again with each connection, until the broker has it."""
         while True:
             await self._connected.wait()
+            if self._client is None:
+                continue  # Lost again before the scheduler came to us: nobody would end this wait.
             packet_id = self._next_id()
             answered = self._waiting[packet_id] = trio.Event()
             await self._send(Publish(topic=topic, payload=payload, qos=qos, retain=retain, packet_id=packet_id))
