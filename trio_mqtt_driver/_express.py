@@ -128,7 +128,11 @@ class ExpressLane:
             if not self._outbox.admit(outgoing):
                 return None
             self._send(outgoing, head, block)
-        elif self._policy is OfflinePolicy.LATEST or not self._outbox.enqueue(outgoing):
+        elif (
+            self._policy is OfflinePolicy.LATEST
+            or self._window.alone is not None  # it may have been given up, and then nothing comes that refills
+            or not self._outbox.enqueue(outgoing)
+        ):
             return None
         return outgoing
 
