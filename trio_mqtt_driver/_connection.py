@@ -53,6 +53,10 @@ logger = logging.getLogger("trio_mqtt_driver")
 T = TypeVar("T")
 
 _RECEIVE_SIZE = 65536
+_SMALL_RECEIVE = 4096
+_AT_A_TIME = 192
+"""Messages that a read should bring at most. Of many more the garbage collector makes work: it runs when some hundred
+objects have come and are not gone yet, and then goes through all that wait."""
 _MOST_ANSWERS = 1024 * 1024
 """Bytes that a peer may make us write while it reads none of them."""
 
@@ -151,7 +155,8 @@ class Connection:
                     self.fail(exc)
                 nursery.cancel_scope.cancel(reason="the session of this connection ended")
         finally:
-            self.ended = self.receiver.ended = True
+            self.ended = True
+            self.receiver.close()
             self.sender.close()
             try:
                 await trio.aclose_forcefully(self._stream)
@@ -298,9 +303,10 @@ class Connection:
     # -- the reader ---------------------------------------------------------------------------------------------------
 
     async def _read_loop(self) -> None:
+        size = _RECEIVE_SIZE
         while True:  # noqa: ASYNC913  # receive_some is the cancel point, and an error of it ends the loop
             try:
-                data = await self._stream.receive_some(_RECEIVE_SIZE)
+                data = await self._stream.receive_some(size)
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
                 self._gone(lost(exc, "reading from the broker"))
                 return
@@ -318,7 +324,9 @@ class Connection:
             if self._reader.error is not None:
                 self.fail(self._reader.error)
             # Even after a fault: what arrived whole before it was accepted.
+            size = _RECEIVE_SIZE
             if messages:
+                size = min(size, max(_SMALL_RECEIVE, len(data) // len(messages) * _AT_A_TIME))
                 self._counters.messages_in += len(messages)
                 if self._inbox.retired:
                     self.receiver.forget(messages)

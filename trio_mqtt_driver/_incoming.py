@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice, zip_longest
 from typing import Any
 
 import attrs
@@ -158,24 +159,24 @@ class IncomingWindow:
 
         Most often it is their turn, one after the other; what has to wait for it waits from ``now`` on.
         """
-        processed, self.processed = self.processed, []
+        processed = self.processed[:]
+        self.processed.clear()
         line = self._line
         waiting = line.messages
-        packet_ids: list[int] = []
-        size = 0
-        if not line.due and not line.passed:
-            for message in processed:
-                if not waiting or waiting[0] is not message:  # it may have been overtaken, long ago
-                    break
-                waiting.popleft()
-                packet_ids.append(message.packet_id)
-                size += len(message.payload)
-            self._qos1 -= len(packet_ids)
-            self._bytes -= size
+        count = len(processed)
+        if line.due or line.passed:
+            count = 0
+        elif processed != list(islice(waiting, count)):  # one may have been overtaken, long ago
+            count = next(number for number, (one, first) in enumerate(zip_longest(processed, waiting)) if one is not first)
+        packet_ids = [message.packet_id for message in processed[:count]]
+        self._bytes -= sum([len(message.payload) for message in processed[:count]])
+        self._qos1 -= count
+        for _ in range(count):
+            waiting.popleft()
         answers = encode_pubacks(packet_ids)
-        if len(packet_ids) == len(processed):
+        if count == len(processed):
             return answers
-        for message in processed[len(packet_ids) :]:
+        for message in processed[count:]:
             if message._overtaken:
                 answers += self._answer(message)
             else:

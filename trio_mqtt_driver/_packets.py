@@ -17,7 +17,7 @@ from typing import Any
 
 from ._errors import ProtocolError
 from ._properties import PropertyBlock, decode_reason_string, decode_text, encode_varint, read_publish_properties
-from ._types import NO_PROPERTIES, Acknowledger, Message, PublishProperties
+from ._types import NO_PROPERTIES, Acknowledger, Message, PlainMessage, PublishProperties
 
 CONNACK = 0x20
 PUBACK = 0x40
@@ -231,18 +231,15 @@ class PacketReader:
             topic = known(data[body:pos])
             if not topic:
                 break
-            if first == 0x30:
-                qos = packet_id = 0
-            elif first == 0x32:
-                qos = 1
+            packet_id = 0
+            if first == 0x32:
                 pos += 2
                 if pos > stop:
                     break
                 packet_id = data[pos - 2] << 8 | data[pos - 1]
                 if not packet_id:
                     break
-                highest = 1
-            else:
+            elif first != 0x30:
                 break
             if version5:
                 if pos >= stop or data[pos]:
@@ -250,11 +247,11 @@ class PacketReader:
                 pos += 1
             elif pos > stop:
                 break
-            append(
-                Message(
-                    topic, data[pos:stop], qos, False, False, NO_PROPERTIES, packet_id, generation, False, None, source
-                )
-            )
+            message = PlainMessage(topic, data[pos:stop], generation, source)
+            if packet_id:
+                message.qos = highest = 1
+                message.packet_id = packet_id
+            append(message)
             start = stop
         if highest and self.plain_qos == 0:
             self.plain_qos = 1
@@ -317,7 +314,7 @@ class PacketReader:
         retain, dup = first & 1 == 1, first & 8 == 8
         source = self._source
         return Message(
-            topic, data[pos:stop], qos, retain, dup, properties, packet_id, self._generation, False, None, source
+            topic, data[pos:stop], qos, retain, dup, properties, packet_id, self._generation, source
         )
 
     def _new_topic(self, raw: bytes) -> str:

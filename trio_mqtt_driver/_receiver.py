@@ -55,6 +55,7 @@ class Receiver:
         self._acknowledged = trio.Event()
         self.ended = False
         """Whether nothing can be acknowledged on the connection any more."""
+        self.note: Callable[[Message[Any]], object] = self._window.processed.append
         self.intercept: tuple[str, Callable[[Message[Any]], None]] | None = None
         """While the broker is being tested: a topic of our own, and who gets its messages instead of the inbox."""
 
@@ -123,7 +124,7 @@ class Receiver:
         """A message of this connection was processed by everybody. A no-op, counted, when the connection is over: but
         that of QoS 2 belongs to the session, which may go on."""
         if message.qos == 1 and not self.ended and not message._code:
-            self._window.processed.append(message)
+            self.note(message)
             if self._writer.idle:
                 self._writer.wake.set()
             return True
@@ -143,6 +144,11 @@ class Receiver:
             return True
         self._counters.stale_acknowledgements += 1
         return False
+
+    def noted(self) -> None:
+        """Have the writer send what was noted."""
+        if self._writer.idle:
+            self._writer.wake.set()
 
     def collect(self) -> None:
         """Acknowledge what was only noted so far."""
@@ -181,6 +187,11 @@ class Receiver:
     def keeps(self, message: Message[Any]) -> bool:
         """Whether a message that it brought can still be acknowledged, some day."""
         return not self.ended or (message.qos == 2 and self._window.keeps(message))
+
+    def close(self) -> None:
+        """Nothing can be acknowledged any more."""
+        self.ended = True
+        self.note = self.acknowledge
 
     def end(self) -> None:
         """The connection is over."""

@@ -33,7 +33,7 @@ T = TypeVar("T")
 Handler = Callable[[Message[T]], Awaitable[object] | object]
 DeadLetterHandler = Callable[[Message[Any], PayloadError], Awaitable[object] | object]
 
-_TURN = 64
+_TURN = 256
 _SECONDS = 0.001
 """After so many messages, or so long, others have their turn: a visit to the scheduler costs more than handing a
 message over, so it is not made for each."""
@@ -334,35 +334,52 @@ class Subscription(Generic[T]):
             except DriverClosedError:
                 return
             calls, until, now = self._calls, self._until, self._now
-            while True:
-                try:
-                    outcome = handler(message)
-                    if outcome is not None and isinstance(outcome, Awaitable):
-                        await outcome
-                except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
-                    if self._failed(self, message, exc):
-                        return
-                if not queue or calls >= _TURN or self._typed or now() >= until:
-                    break
-                calls += 1
-                if not message.qos:
-                    self._handed_out = message._source = None
-                elif self._manual:
-                    self.finish()
-                else:  # as finish
-                    self._handed_out = None
-                    message._done()
-                await checkpoint_if_cancelled()
-                message = queue.popleft()  # as _take
-                payload = message.payload
-                self._queued_bytes -= len(payload)
-                if self.watched:
-                    self._changed(self)
-                if message.qos:
-                    message._reader = self
-                message.value = payload  # type: ignore[assignment]  # then T is bytes
-                self._delivered += 1
-                self._handed_out = message
+            noted: Acknowledger | None = None
+            try:
+                while True:
+                    try:
+                        outcome = handler(message)
+                        if outcome is not None and isinstance(outcome, Awaitable):
+                            if noted is not None:
+                                noted.noted()
+                            await outcome
+                    except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
+                        if self._failed(self, message, exc):
+                            return
+                    if not queue or calls >= _TURN or self._typed or now() >= until:
+                        break
+                    calls += 1
+                    self._handed_out = None  # as finish
+                    if not message.qos:
+                        message._source = None
+                    elif self._manual:
+                        self._kept = message
+                    elif (
+                        message.qos == 1
+                        and message._open
+                        and message._original is None
+                        and (source := message._source) is not None
+                    ):
+                        message._open = 0  # as _done
+                        message._source = message._reader = None
+                        source.note(message)
+                        noted = source
+                    else:
+                        message._done()
+                    await checkpoint_if_cancelled()
+                    message = queue.popleft()  # as _take
+                    payload = message.payload
+                    self._queued_bytes -= len(payload)
+                    if self.watched:
+                        self._changed(self)
+                    if message.qos:
+                        message._reader = self
+                    message.value = payload  # type: ignore[assignment]  # then T is bytes
+                    self._delivered += 1
+                    self._handed_out = message
+            finally:
+                if noted is not None:
+                    noted.noted()
             self._calls = calls
 
     def _take(self) -> Message[T]:

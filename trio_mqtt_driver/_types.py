@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import attrs
@@ -204,6 +204,15 @@ class Acknowledger(Protocol):
 
     def acknowledge(self, message: Message[Any]) -> bool: ...
 
+    @property
+    def note(self) -> Callable[[Message[Any]], object]:
+        """The half of ``acknowledge`` for a message of QoS 1 that nobody refused; ``noted`` is to follow."""
+        ...
+
+    def noted(self) -> None:
+        """Call it at the latest when others may run."""
+        ...
+
     def overtake(self, message: Message[Any]) -> None: ...
 
 
@@ -225,8 +234,8 @@ _REFUSALS = (
 """What PUBACK and PUBREC may say [MQTT-3.4.2.1], [MQTT-3.5.2.1]."""
 
 
-# Not frozen: one is made per incoming packet, and a frozen attrs class costs a multiple of a plain __init__.
-@attrs.define(eq=False, repr=False)
+# One is made per incoming packet, and what is stored in it is what it costs: so what stays as it is for most messages is
+# kept in the class, and there are no slots, beside which that is not possible.
 class Message(Generic[T]):
     """An application message as a handler or an iterator gets it.
 
@@ -239,11 +248,11 @@ class Message(Generic[T]):
     qos: int = 0
     retain: bool = False
     dup: bool = False
-    _properties: PublishProperties | UndecodedProperties = NO_PROPERTIES
     packet_id: int = 0
     generation: int = 0
     replayed: bool = False
     value: T = None  # type: ignore[assignment]  # set before user code sees the message
+    _properties: PublishProperties | UndecodedProperties = NO_PROPERTIES
     _source: Acknowledger | None = None
     _original: Message[T] | None = None
     """The one that this is a copy of, for one of several subscriptions."""
@@ -254,6 +263,28 @@ class Message(Generic[T]):
     _code: int = 0
     """With which it is acknowledged; of copies, the original knows."""
     _reader: Reader | None = None
+
+    def __init__(
+        self,
+        topic: str,
+        payload: bytes,
+        qos: int = 0,
+        retain: bool = False,
+        dup: bool = False,
+        properties: PublishProperties | UndecodedProperties = NO_PROPERTIES,
+        packet_id: int = 0,
+        generation: int = 0,
+        source: Acknowledger | None = None,
+    ) -> None:
+        self.topic = topic
+        self.payload = payload
+        self.qos = qos
+        self.retain = retain
+        self.dup = dup
+        self.packet_id = packet_id
+        self.generation = generation
+        self._properties = properties
+        self._source = source
 
     @property
     def properties(self) -> PublishProperties:
@@ -312,7 +343,7 @@ class Message(Generic[T]):
 
     def _for_one_of(self) -> Message[T]:
         """A copy for one of several subscriptions, each with a value of its own."""
-        return Message(
+        copy = Message[T](
             self.topic,
             self.payload,
             self.qos,
@@ -321,11 +352,13 @@ class Message(Generic[T]):
             self._properties,
             self.packet_id,
             self.generation,
-            self.replayed,
-            self.value,
             self._source,
-            self if self.qos else None,
         )
+        copy.replayed = self.replayed
+        copy.value = self.value
+        if self.qos:
+            copy._original = self
+        return copy
 
     def _done(self) -> bool:
         """One subscription is done with it; the last one acknowledges it on the connection that it came from.
@@ -354,6 +387,16 @@ class Message(Generic[T]):
         payload = self.payload if len(self.payload) <= 64 else self.payload[:61] + b"..."
         retained = ", retain" if self.retain else ""
         return f"<Message {self.topic!r} {payload!r} qos={self.qos}{retained}>"
+
+
+class PlainMessage(Message[Any]):
+    """One that has a topic and a payload, and else what the class has."""
+
+    def __init__(self, topic: str, payload: bytes, generation: int, source: Acknowledger | None) -> None:
+        self.topic = topic
+        self.payload = payload
+        self.generation = generation
+        self._source = source
 
 
 # Without slots, and not kw_only: one is made per receipt that is waited for, and this halves what it costs.
