@@ -178,13 +178,13 @@ async def test_answers_that_the_peer_does_read_are_not_held_against_it(
     most = 0
     stream = Greedy()
     stream.rounds = 100
-    stream.writer = writer = Writer(trio.StapledStream(stream, open_pipe()[0]), Counters())
 
     def flushed() -> None:
         nonlocal most
         most = max(most, writer.answers)
 
-    nursery.start_soon(writer.run, lambda: None, flushed)
+    stream.writer = writer = Writer(trio.StapledStream(stream, open_pipe()[0]), Counters(), flushed)
+    nursery.start_soon(writer.run, lambda: None)
     writer.answer(bytes(1000))
     await settled()
     assert writer.flushed == stream.taken == 101_000

@@ -28,7 +28,7 @@ class Bench:
     def __init__(self, nursery: trio.Nursery) -> None:
         stream = trio.testing.memory_stream_pair()[0]
         counters = Counters()
-        self.writer = Writer(stream, counters)
+        self.writer = Writer(stream, counters, lambda: None)
         self.looks: list[float] = []
         self.receiver = Receiver(
             memory_config(MemoryBroker(nursery)),

@@ -102,7 +102,7 @@ class Connection:
         self.ended = False
         """Whether nothing can be sent or acknowledged on it any more."""
         self._warned: set[str] = set()
-        self._writer = Writer(stream, counters)
+        self._writer = Writer(stream, counters, self._flushed)
         self.receiver = Receiver(
             config,
             session,
@@ -290,7 +290,7 @@ class Connection:
 
     async def _write_loop(self) -> None:
         try:
-            await self._writer.run(self.receiver.collect, self._flushed)
+            await self._writer.run(self.receiver.collect)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
             if not self._closing:
                 self.fail(lost(exc, "writing to the broker"))

@@ -99,9 +99,9 @@ class ExpressLane:
             packet = b"0%c%c%b%b" % (length & 127 | 128, length >> 7, whole, payload)
         writer.buffer.append(packet)
         writer.written += len(packet)
-        if writer.idle:
-            writer.wake.set()
         self._counters.messages_out += 1
+        if writer.idle:
+            writer.hurry()
         return self.sent
 
     def publish_1(self, topic: str, payload: object, properties: Mapping[str, Any]) -> Plain | None:
@@ -154,10 +154,10 @@ class ExpressLane:
         writer = self._writer
         writer.buffer.append(packet)
         writer.written = outgoing.wire_end = writer.written + len(packet)
-        if writer.idle:
-            writer.wake.set()
         outgoing.attempts += 1
         self._counters.messages_out += 1
+        if writer.idle:
+            writer.hurry()
 
     def _learn(self, topic: str) -> tuple[bytes, bytes, bytes]:
         raw_topic = check_topic(topic)

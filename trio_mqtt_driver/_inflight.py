@@ -90,7 +90,6 @@ class OutgoingWindow:
 
     def add(self, outgoing: Outgoing) -> int:
         """Open an exchange: the Packet Identifier for its PUBLISH. Set its ``wire_end`` when that is written."""
-        outgoing.wire_end = math.inf
         ids = self._ids
         packet_id = ids.last + 1
         if packet_id in ids.used or packet_id > 65535:
@@ -254,6 +253,8 @@ class OutgoingWindow:
         )
         for packet_id in (*self._released, *self._sent):
             self._ids.release(packet_id)
+        for outgoing in messages:
+            outgoing.wire_end = math.inf
         self._sent.clear()
         self._released.clear()
         self._flushed = 0

@@ -197,10 +197,10 @@ class Outgoing(Receipt):
 
     def result(self) -> PublishResult:
         """What came of it; raises if that is an error. Only when it is ``done``."""
-        if self.error is not None:
-            raise self.error
         outcome = self.outcome
-        assert outcome is not None
+        if outcome is None:
+            assert self.error is not None
+            raise self.error
         if isinstance(outcome, PublishResult):
             return outcome
         # Most outcomes nobody asks for, and an attrs value costs as much as a packet. Nor is it kept: what a thousand

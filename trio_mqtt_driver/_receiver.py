@@ -126,7 +126,7 @@ class Receiver:
         if message.qos == 1 and not self.ended and not message._code:
             self.note(message)
             if self._writer.idle:
-                self._writer.wake.set()
+                self._writer.rouse()
             return True
         self.collect()
         if message._code and self._version != 5:
@@ -148,7 +148,7 @@ class Receiver:
     def noted(self) -> None:
         """Have the writer send what was noted."""
         if self._writer.idle:
-            self._writer.wake.set()
+            self._writer.rouse()
 
     def collect(self) -> None:
         """Acknowledge what was only noted so far."""
