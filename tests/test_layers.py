@@ -27,7 +27,7 @@ LAYERS = (
         "_config _validators _properties _url _tls _client_id _backoff _endpoints _codecs _callbacks _edges _history"
         " _events _states _status _turns"
     ),
-    names("_packets _subscribing _paho _transport"),
+    names("_packets _subscribing _paho _transport _direct"),
     names(
         "_connection _handshake _probe _replay _replies _inflight _incoming _limits _registry _outgoing _outbox _inbox"
         " _writer _deadlines _copies _session _sender _receiver _express _attempts _versions _store _outbox_file"

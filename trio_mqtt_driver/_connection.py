@@ -26,6 +26,7 @@ import trio
 
 from ._config import DriverConfig
 from ._deadlines import CLOCKS_EVERY, Deadlines
+from ._direct import DirectSocket
 from ._errors import (
     ConnectionLostError,
     MQTTDriverError,
@@ -304,9 +305,11 @@ class Connection:
 
     async def _read_loop(self) -> None:
         size = _RECEIVE_SIZE
-        while True:  # noqa: ASYNC913  # receive_some is the cancel point, and an error of it ends the loop
+        direct = DirectSocket.of(self._stream)
+        emptied = False
+        while True:  # noqa: ASYNC913  # the read is the cancel point, and an error of it ends the loop
             try:
-                data = await self._stream.receive_some(size)
+                data = await (direct.read(size) if direct and emptied else self._stream.receive_some(size))
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
                 self._gone(lost(exc, "reading from the broker"))
                 return
@@ -324,6 +327,7 @@ class Connection:
             if self._reader.error is not None:
                 self.fail(self._reader.error)
             # Even after a fault: what arrived whole before it was accepted.
+            emptied = len(data) < size
             size = _RECEIVE_SIZE
             if messages:
                 size = min(size, max(_SMALL_RECEIVE, len(data) // len(messages) * _AT_A_TIME))

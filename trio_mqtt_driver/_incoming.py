@@ -167,7 +167,9 @@ class IncomingWindow:
         if line.due or line.passed:
             count = 0
         elif processed != list(islice(waiting, count)):  # one may have been overtaken, long ago
-            count = next(number for number, (one, first) in enumerate(zip_longest(processed, waiting)) if one is not first)
+            count = next(
+                number for number, (one, first) in enumerate(zip_longest(processed, waiting)) if one is not first
+            )
         packet_ids = [message.packet_id for message in processed[:count]]
         self._bytes -= sum([len(message.payload) for message in processed[:count]])
         self._qos1 -= count

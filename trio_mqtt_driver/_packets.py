@@ -313,9 +313,7 @@ class PacketReader:
             raise ProtocolError("protocol error: PUBLISH with an empty Topic Name [MQTT-4.7.3-1]")
         retain, dup = first & 1 == 1, first & 8 == 8
         source = self._source
-        return Message(
-            topic, data[pos:stop], qos, retain, dup, properties, packet_id, self._generation, source
-        )
+        return Message(topic, data[pos:stop], qos, retain, dup, properties, packet_id, self._generation, source)
 
     def _new_topic(self, raw: bytes) -> str:
         topic = decode_text(raw, "a Topic Name")

@@ -289,8 +289,10 @@ class Subscription(Generic[T]):
             raise trio.BusyResourceError("another task is receiving from this subscription")
         self._receiving = True
         try:
-            self.finish()
-            await self._give_way()
+            try:
+                await self._give_way()
+            finally:  # not before: whoever the message was for has a turn before its acknowledgement is written
+                self.finish()
             while True:  # noqa: ASYNC913  # _give_way is the cancel point
                 while not self._queue:
                     if self._closed:

@@ -234,8 +234,8 @@ _REFUSALS = (
 """What PUBACK and PUBREC may say [MQTT-3.4.2.1], [MQTT-3.5.2.1]."""
 
 
-# One is made per incoming packet, and what is stored in it is what it costs: so what stays as it is for most messages is
-# kept in the class, and there are no slots, beside which that is not possible.
+# One is made per incoming packet, and what is stored in it is what it costs: so what stays as it is for most messages
+# is kept in the class, and there are no slots, beside which that is not possible.
 class Message(Generic[T]):
     """An application message as a handler or an iterator gets it.
 

@@ -1,21 +1,19 @@
 """The way out of one connection: what waits to be sent, and the task that sends it.
 
 A publish on a link that was quiet is written at once, without that task (``hurry``): its turns are half of the
-way to the broker. Only then: in a flood the task sends many packets with one call. That is safe since the call cannot
-block and cannot be cancelled, and what it leaves over is the task's.
-Hazards: the task must be idle, or packets would overtake each other; a socket that was closed must not be
-written to by its old number; and Ctrl-C must not get in between the bytes that have left and the record of it.
+way to the broker. Only then: in a flood the task sends many packets with one call.
+Hazards: the task must be idle, or packets would overtake each other; and Ctrl-C must not get in between the bytes that
+have left and the record of it.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable
 
 import trio
 
+from ._direct import DirectSocket
 from ._history import Counters
 
 _SEND_SIZE = 65536
@@ -33,8 +31,7 @@ class Writer:
         self._stream = stream
         self._counters = counters
         self._on_flushed = on_flushed
-        # Of a subclass nobody knows what else it does when it sends. Windows cannot write to a socket as to a file.
-        self._socket = stream.socket if type(stream) is trio.SocketStream and sys.platform != "win32" else None
+        self._direct = DirectSocket.of(stream)
         self._now = trio.lowlevel.current_clock().current_time
         self._roused_at = -math.inf
         self.buffer: list[bytes] = []
@@ -92,26 +89,20 @@ class Writer:
     @trio.lowlevel.enable_ki_protection
     def hurry(self) -> None:
         """The same, for a publish: if it is the first one for a while, it is written here and now."""
-        if self._socket is None or self._now() - self._roused_at < _QUIET:
+        now = self._now()
+        if self._direct is None or now - self._roused_at < _QUIET:
             self.rouse()
             return
-        number = self._socket.fileno()
-        if number < 0:  # it is closed, and the number may be another file's by now
-            self.rouse()
-            return
+        self._roused_at = now  # first: what follows may have more sent
         data = b"".join(self.buffer)
-        try:
-            sent = os.write(number, data)
-        except OSError:  # it would block, or is broken: the task finds out
-            self.rouse()
-            return
-        self.buffer.clear()
+        sent = self._direct.write(data)
         if sent < len(data):
-            self.buffer.append(data[sent:])
+            self.buffer[:] = [data[sent:]]
             self.rouse()
         else:
-            self._roused_at = self._now()
-        self._count(sent)
+            self.buffer.clear()
+        if sent:
+            self._count(sent)
 
     def _count(self, sent: int) -> None:
         self.flushed += sent

@@ -1,0 +1,363 @@
+"""What goes to and from a socket without Trio's stream, on real sockets."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from tests.peers import memory_config
+from trio_mqtt_driver import Endpoint, MQTTDriver
+from trio_mqtt_driver._direct import DirectSocket
+from trio_mqtt_driver._history import Counters
+from trio_mqtt_driver._writer import Writer
+from trio_mqtt_driver.testing import MemoryBroker
+
+if sys.platform == "win32":
+    pytest.skip("sockets are no files there, and nothing is direct", allow_module_level=True)
+
+settled = trio.testing.wait_all_tasks_blocked
+
+
+@asynccontextmanager
+async def pair() -> AsyncGenerator[tuple[trio.SocketStream, socket.socket], None]:
+    """Our end, and the peer's, which blocks."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    theirs = None
+    try:
+        stream = await trio.open_tcp_stream(*listener.getsockname())
+        theirs, _ = listener.accept()
+        async with stream:
+            yield stream, theirs
+    finally:
+        listener.close()
+        if theirs is not None:
+            theirs.close()
+
+
+async def test_only_a_plain_socket_is_used_directly() -> None:
+    async with pair() as (stream, _):
+        assert DirectSocket.of(stream) is not None
+        assert DirectSocket.of(trio.StapledStream(stream, stream)) is None
+    assert DirectSocket.of(trio.testing.memory_stream_pair()[0]) is None
+
+
+async def test_what_is_written_arrives_and_what_the_socket_does_not_take_is_left() -> None:
+    async with pair() as (stream, theirs):
+        direct = DirectSocket(stream)
+        assert direct.write(b"hello") == 5
+        assert theirs.recv(10) == b"hello"
+        first = direct.write(bytes(100_000_000))
+        assert 0 < first < 100_000_000
+        left = first
+        while sent := direct.write(bytes(1000)):
+            left += sent
+        while left:
+            left -= len(theirs.recv(left))
+        await stream.wait_send_all_might_not_block()
+        assert direct.write(b"more") == 4
+
+
+async def test_a_closed_socket_is_not_used_by_its_old_number() -> None:
+    async with pair() as (stream, _):
+        direct = DirectSocket(stream)
+        number = stream.socket.fileno()
+        await stream.aclose()
+        one, other = socket.socketpair()  # one of them has the number
+        with one, other:
+            assert number in (one.fileno(), other.fileno())
+            assert direct.write(b"for somebody else") == 0
+            with pytest.raises(trio.ClosedResourceError):
+                await direct.read(10)
+            watching = other if number == one.fileno() else one
+            watching.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                watching.recv(100)
+
+
+async def test_writing_to_a_broken_connection_is_left_to_the_stream() -> None:
+    async with pair() as (stream, theirs):
+        direct = DirectSocket(stream)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        theirs.close()
+        await trio.lowlevel.wait_readable(stream.socket)
+        assert direct.write(b"x") == 0
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.send_all(b"x")
+
+
+async def test_reading_waits_until_there_is_something(nursery: trio.Nursery) -> None:
+    got: list[bytes] = []
+    read_it = trio.Event()
+
+    async def read() -> None:
+        got.append(await direct.read(4))
+        read_it.set()
+
+    async with pair() as (stream, theirs):
+        direct = DirectSocket(stream)
+        nursery.start_soon(read)
+        await settled()
+        assert got == []
+        theirs.sendall(b"abcdef")
+        await read_it.wait()
+        assert got == [b"abcd"]
+        assert await direct.read(4) == b"ef"
+        theirs.close()
+        assert await direct.read(4) == b""
+
+
+async def test_reading_is_a_cancel_point_and_takes_nothing_then() -> None:
+    async with pair() as (stream, theirs):
+        direct = DirectSocket(stream)
+        theirs.sendall(b"x")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await direct.read(4)
+        assert scope.cancelled_caught
+        assert await direct.read(4) == b"x"
+
+
+async def test_reading_from_a_connection_that_was_reset_raises_what_the_stream_raises() -> None:
+    async with pair() as (stream, theirs):
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        theirs.close()
+        with pytest.raises(trio.BrokenResourceError, match="socket connection broken") as caught:
+            await DirectSocket(stream).read(4)
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+
+async def test_a_socket_that_is_closed_meanwhile_ends_the_read(nursery: trio.Nursery) -> None:
+    ended = trio.Event()
+
+    async def read() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await direct.read(4)
+        ended.set()
+
+    async with pair() as (stream, _):
+        direct = DirectSocket(stream)
+        nursery.start_soon(read)
+        await settled()
+        await stream.aclose()
+        await ended.wait()
+
+
+async def test_a_false_alarm_is_waited_out(nursery: trio.Nursery) -> None:
+    """The scheduler was told that there is something, and then somebody else has taken it."""
+    got: list[bytes] = []
+    read_it = trio.Event()
+
+    class Thief(trio.abc.Instrument):
+        taken = b""
+
+        def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002
+            if not self.taken:
+                self.taken = other.recv(10)
+
+    async def read() -> None:
+        got.append(await direct.read(4))
+        read_it.set()
+
+    async with pair() as (stream, theirs):
+        direct = DirectSocket(stream)
+        other = socket.socket(fileno=os.dup(stream.socket.fileno()))
+        with other:
+            nursery.start_soon(read)
+            await settled()
+            thief = Thief()
+            theirs.sendall(b"first")
+            trio.lowlevel.add_instrument(thief)
+            await settled()
+            trio.lowlevel.remove_instrument(thief)
+            assert thief.taken == b"first"
+            assert got == []
+            theirs.sendall(b"next")
+            await read_it.wait()
+            assert got == [b"next"]
+
+
+# -- the writer ------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A writer on one end of a connection."""
+
+    def __init__(self, stream: trio.SocketStream, theirs: socket.socket) -> None:
+        theirs.settimeout(5)
+        self.theirs = theirs
+        self.counters = Counters()
+        self.flushes: list[tuple[int, bool]] = []
+        self.more: list[bytes] = []
+        self.writer = Writer(stream, self.counters, self._flushed)
+
+    def _flushed(self) -> None:
+        self.flushes.append((self.writer.waiting, trio.lowlevel.currently_ki_protected()))
+        if self.more:
+            self.publish(self.more.pop(0))
+
+    def publish(self, packet: bytes) -> None:
+        """As the express lane does."""
+        writer = self.writer
+        writer.buffer.append(packet)
+        writer.written += len(packet)
+        if writer.idle:
+            writer.hurry()
+
+    def arrived(self) -> bytes:
+        self.theirs.setblocking(False)
+        try:
+            return self.theirs.recv(1 << 20)
+        except BlockingIOError:
+            return b""
+        finally:
+            self.theirs.settimeout(5)
+
+
+@asynccontextmanager
+async def benches(nursery: trio.Nursery) -> AsyncGenerator[Bench, None]:
+    async with pair() as (stream, theirs):
+        bench = Bench(stream, theirs)
+        nursery.start_soon(bench.writer.run, lambda: None)
+        await settled()
+        yield bench
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_first_publish_on_a_quiet_link_is_written_at_once(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with benches(nursery) as bench:
+        bench.publish(b"one")
+        assert bench.theirs.recv(10) == b"one"
+        assert bench.flushes == [(0, True)]
+        assert (bench.writer.flushed, bench.counters.bytes_out) == (3, 3)
+
+
+async def test_what_follows_within_a_millisecond_is_the_task_s(mock_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with benches(nursery) as bench:
+        bench.publish(b"one")
+        bench.publish(b"two")
+        bench.publish(b"three")
+        assert bench.arrived() == b"one"
+        await settled()
+        assert bench.arrived() == b"twothree"
+        assert [waiting for waiting, _ in bench.flushes] == [0, 0]
+        mock_clock.jump(0.0009)
+        bench.publish(b"four")
+        assert bench.arrived() == b""
+        await settled()
+        assert bench.arrived() == b"four"
+        mock_clock.jump(0.0011)
+        bench.publish(b"five")
+        assert bench.arrived() == b"five"
+
+
+async def test_any_packet_makes_the_link_busy(mock_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with benches(nursery) as bench:
+        bench.writer.write(b"PINGREQ")
+        bench.publish(b"one")
+        assert bench.arrived() == b""
+        await settled()
+        assert bench.arrived() == b"PINGREQone"
+
+
+async def test_what_the_socket_does_not_take_goes_before_what_comes_later(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    large = random.Random(1).randbytes(20_000_000)
+    async with benches(nursery) as bench:
+        bench.publish(large)
+        assert 0 < bench.writer.flushed < len(large)
+        assert not bench.writer.idle
+        mock_clock.jump(1)
+        bench.publish(b"the end")
+        received = bytearray()
+        with trio.fail_after(60):
+            while not received.endswith(b"the end"):
+                received += bench.arrived()
+                await trio.lowlevel.checkpoint()
+        assert received == large + b"the end"
+        await settled()
+        assert bench.writer.waiting == 0
+        assert bench.counters.bytes_out == len(received)
+
+
+async def test_a_flush_that_has_more_sent_does_not_nest(mock_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with benches(nursery) as bench:
+        bench.more = [b"%04d" % number for number in range(2000)]  # more than Python lets calls nest
+        bench.publish(b"one")
+        assert bench.arrived() == b"one"
+        received = bytearray()
+        while bench.more or bench.writer.waiting:
+            await trio.lowlevel.checkpoint()
+            received += bench.arrived()
+        received += bench.arrived()
+        assert received == b"".join(b"%04d" % number for number in range(2000))
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_the_pace_bytes_leave_in_their_order(
+    seed: int, mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    rng = random.Random(seed)
+    expected, received = bytearray(), bytearray()
+    async with benches(nursery) as bench:
+        for _ in range(300):
+            packet = rng.randbytes(rng.choice([1, 80, 5000, 300_000]))
+            expected += packet
+            rng.choice([bench.publish, bench.publish, bench.writer.write, bench.writer.answer])(packet)
+            if rng.random() < 0.5:
+                mock_clock.jump(rng.choice([0.0005, 0.01]))
+            for _ in range(rng.randrange(4)):
+                await trio.lowlevel.checkpoint()
+                received += bench.arrived()
+        with trio.fail_after(60):
+            while len(received) < len(expected):
+                received += bench.arrived()
+                await trio.lowlevel.checkpoint()
+        assert received == expected
+        await settled()
+        assert (bench.writer.waiting, bench.writer.answers) == (0, 0)
+
+
+# -- a driver --------------------------------------------------------------------------------------------------------
+
+
+async def test_an_acknowledgement_is_due_for_what_was_written_at_once(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    broker = MemoryBroker(nursery)
+    config = memory_config(
+        broker,
+        open_stream=None,
+        endpoint=Endpoint(host="127.0.0.1", port=await broker.listen()),
+        ack_timeout=20,
+        keep_alive=1000,
+    )
+    async with MQTTDriver(config) as driver:
+        await driver.wait_live()
+        mock_clock.jump(1)
+        broker.silence()
+        before = driver.status().counters["bytes_out"]
+        receipt = driver.publish_nowait("a", b"x", qos=1)
+        assert driver.status().counters["bytes_out"] > before  # no task has run
+        waited = 0
+        while not driver.status().counters["losses"]:
+            await settled()
+            mock_clock.jump(1)
+            waited += 1
+            assert waited < 100
+        # Overdue, then asked by PINGREQ, which is not answered either.
+        assert 20 < waited <= 20 + config.ping_timeout + 2
+        await receipt.wait()  # on the next connection
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,55 @@
+"""A plain socket without the detours of Trio's stream, for the two calls that the time of a round trip depends on.
+
+``receive_some`` tries to read before it waits. After a read that has emptied the socket nothing is to be had, and
+the attempt, an exception and the way back are a tenth of a round trip: so then this waits first. ``send_all`` yields
+when it has sent, and can be cancelled half-way: so only one task may run it, and a publish has to wake that first.
+``write`` sends what the socket takes at once, and neither waits nor yields.
+
+Hazards: a socket that was closed must not be used by its old number, which may be another file's by now. And whoever
+writes must know that ``send_all`` is not running.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import trio
+
+
+class DirectSocket:
+    """The socket of a stream that is nothing but one, see ``of``."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._socket = stream.socket
+
+    @classmethod
+    def of(cls, stream: trio.abc.Stream) -> DirectSocket | None:
+        """None for TLS and the like; and Windows cannot treat a socket as a file."""
+        if sys.platform != "win32" and isinstance(stream, trio.SocketStream):
+            return cls(stream)
+        return None
+
+    def write(self, data: bytes) -> int:
+        """How many bytes were sent; 0 also if it is broken or closed, which the next ``send_all`` will tell."""
+        number = self._socket.fileno()
+        if number < 0:
+            return 0
+        try:
+            return os.write(number, data)
+        except OSError:
+            return 0
+
+    async def read(self, size: int) -> bytes:
+        """As ``receive_some``; waits first."""
+        while True:
+            if self._socket.fileno() < 0:
+                await trio.lowlevel.checkpoint()
+                raise trio.ClosedResourceError("this socket was already closed")
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                return os.read(self._socket.fileno(), size)
+            except BlockingIOError:  # it was a false alarm
+                continue
+            except OSError as exc:
+                raise trio.BrokenResourceError(f"socket connection broken: {exc}") from exc
