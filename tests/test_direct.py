@@ -205,6 +205,10 @@ class Bench:
         if self.more:
             self.publish(self.more.pop(0))
 
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        await self.writer.run(lambda: None)
+
     def publish(self, packet: bytes) -> None:
         """As the express lane does."""
         writer = self.writer
@@ -227,7 +231,7 @@ class Bench:
 async def benches(nursery: trio.Nursery) -> AsyncGenerator[Bench, None]:
     async with pair() as (stream, theirs):
         bench = Bench(stream, theirs)
-        nursery.start_soon(bench.writer.run, lambda: None)
+        await nursery.start(bench.run)
         await settled()
         yield bench
         nursery.cancel_scope.cancel()

@@ -5,8 +5,8 @@ the attempt, an exception and the way back are a tenth of a round trip: so then 
 when it has sent, and can be cancelled half-way: so only one task may run it, and a publish has to wake that first.
 ``write`` sends what the socket takes at once, and neither waits nor yields.
 
-Hazards: a socket that was closed must not be used by its old number, which may be another file's by now. And whoever
-writes must know that ``send_all`` is not running.
+Hazards: a socket's number is asked for each time, since that of a closed one (then it is -1) may be another file's by
+now. And whoever writes must know that ``send_all`` is not running.
 """
 
 from __future__ import annotations
@@ -32,11 +32,8 @@ class DirectSocket:
 
     def write(self, data: bytes) -> int:
         """How many bytes were sent; 0 also if it is broken or closed, which the next ``send_all`` will tell."""
-        number = self._socket.fileno()
-        if number < 0:
-            return 0
         try:
-            return os.write(number, data)
+            return os.write(self._socket.fileno(), data)
         except OSError:
             return 0
 
