@@ -15,7 +15,8 @@ of one SUBSCRIBE packet per filter, since the identifier belongs to the packet.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 import attrs
@@ -272,7 +273,10 @@ class Registry(Generic[M]):
             self.left(topic_filter, ReasonCode.SUCCESS)
         for registration in self:
             registration.told = False
-            self._make_due(registration)
+            registration.standing = Standing.DUE
+        self._due.update(self._wanted)
+        if self._due:
+            self._work.set()
 
     def resume(self, *, everything: bool) -> None:
         """The session of before: what it has not answered, and what it refused, is asked for again.
@@ -307,40 +311,46 @@ class Registry(Generic[M]):
 
     def take_due(self, *, size: int, max_bytes: int | None) -> list[Batch[M]]:
         """What is due, as SUBSCRIBE packets of at most ``size`` filters and ``max_bytes``."""
+        due = list(self._due.values())
+        if self._leaving:
+            # A filter that left and came back is due until its UNSUBSCRIBE is answered, which would undo its SUBSCRIBE.
+            due = [registration for registration in due if registration.topic_filter not in self._leaving]
+            for registration in due:
+                del self._due[registration.topic_filter]
+        else:
+            self._due.clear()
         groups: dict[tuple[int | None, tuple[tuple[str, str], ...]], list[Registration[M]]] = {}
-        # A filter that left and came back stays due until its UNSUBSCRIBE is answered, which would undo its SUBSCRIBE.
-        due = [registration for topic_filter, registration in self._due.items() if topic_filter not in self._leaving]
         for registration in due:
-            del self._due[registration.topic_filter]
+            registration.standing = Standing.SENT
+            registration.told = True
             key = (registration.identifier, registration.options.user_properties)
             groups.setdefault(key, []).append(registration)
         batches: list[Batch[M]] = []
         for (identifier, user_properties), registrations in groups.items():
             overhead = 16 + sum(8 + len(name.encode()) + len(value.encode()) for name, value in user_properties)
-            batch: Batch[M] | None = None
-            used = 0
-            for registration in registrations:
-                registration.standing = Standing.SENT
-                registration.told = True
-                length = len(registration.request.packed)
-                too_long = max_bytes is not None and overhead + used + length > max_bytes
-                if batch is None or too_long or len(batch.registrations) >= size:
-                    batch = Batch[M]([], [], identifier, user_properties)
-                    batches.append(batch)
-                    used = 0
-                batch.registrations.append(registration)
-                batch.revisions.append(registration.revision)
-                used += length
+            room = math.inf if max_bytes is None else max_bytes - overhead
+            for some in _split(registrations, size, room):
+                revisions = [registration.revision for registration in some]
+                batches.append(Batch(some, revisions, identifier, user_properties))
         return batches
 
     def answer(self, registration: Registration[M], revision: int, code: ReasonCode, generation: int) -> None:
         """The broker answered for a filter as it was at ``revision``."""
-        registration.reason_code = code
-        registration.answered = max(registration.answered, revision)
-        registration.generation = generation
-        if registration.revision == revision and registration.standing is Standing.SENT:
-            registration.standing = Standing.REFUSED if code.is_failure else Standing.GRANTED
-        registration.wake()
+        self.answers([(registration, revision)], [code], generation)
+
+    def answers(
+        self, sent: Iterable[tuple[Registration[M], int]], codes: Iterable[ReasonCode], generation: int
+    ) -> None:
+        """The same for many: a replay has thousands."""
+        for (registration, revision), code in zip(sent, codes, strict=True):
+            registration.reason_code = code
+            if registration.answered < revision:
+                registration.answered = revision
+            registration.generation = generation
+            if registration.revision == revision and registration.standing is Standing.SENT:
+                registration.standing = Standing.REFUSED if code >= 0x80 else Standing.GRANTED
+            if registration.waiter is not None:
+                registration.wake()
 
     # -- for whoever subscribes -------------------------------------------------------------------------------------
 
@@ -380,3 +390,13 @@ class Registry(Generic[M]):
             registration.wake()
         for leaving in self._leaving.values():
             leaving.done.set()
+
+
+def _split(registrations: list[Registration[M]], size: int, room: float) -> Iterator[list[Registration[M]]]:
+    """In lists of at most ``size``, whose filters take ``room`` bytes at most; one filter is never too long."""
+    for start in range(0, len(registrations), size):
+        some = registrations[start : start + size]
+        if room < math.inf and len(some) > 1 and sum(len(one.request.packed) for one in some) > room:
+            yield from _split(some, (len(some) + 1) // 2, room)
+        else:
+            yield some

@@ -75,15 +75,9 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
     requests: list[tuple[list[tuple[Registration[Any], int]], Reply[tuple[ReasonCode, ...]]]] = []
     unlimited = takes_all(connection.limits)
     for batch in batches:
-        sent: list[tuple[Registration[Any], int]] = []
-        for registration, revision in zip(batch.registrations, batch.revisions, strict=True):
-            refusal = None
-            if not unlimited:
-                refusal = subscribe_refusal(connection.limits, registration.topic_filter, batch.user_properties)
-            if refusal is None:
-                sent.append((registration, revision))
-            else:
-                registry.answer(registration, revision, refusal, connection.generation)
+        sent = list(zip(batch.registrations, batch.revisions, strict=True))
+        if not unlimited:
+            sent = [one for one in sent if not _refused(connection, registry, batch, *one)]
         if sent:
             reply = connection.subscribe(
                 [registration.request for registration, _ in sent], batch.identifier, batch.user_properties
@@ -91,8 +85,17 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
             requests.append((sent, reply))
     for sent, reply in requests:
         codes = await _answer(connection, reply, "SUBSCRIBE")
-        for (registration, revision), code in zip(sent, codes, strict=True):
-            registry.answer(registration, revision, code, connection.generation)
+        registry.answers(sent, codes, connection.generation)
+
+
+def _refused(
+    connection: Connection, registry: Registry[Any], batch: Batch[Any], registration: Registration[Any], revision: int
+) -> bool:
+    """Whether the broker has said in CONNACK that it does not take this filter: then that is the answer."""
+    refusal = subscribe_refusal(connection.limits, registration.topic_filter, batch.user_properties)
+    if refusal is not None:
+        registry.answer(registration, revision, refusal, connection.generation)
+    return refusal is not None
 
 
 async def _answer(connection: Connection, reply: Reply[tuple[ReasonCode, ...]], what: str) -> tuple[ReasonCode, ...]:
