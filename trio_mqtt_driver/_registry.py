@@ -313,7 +313,7 @@ class Registry(Generic[M]):
         """What is due, as SUBSCRIBE packets of at most ``size`` filters and ``max_bytes``."""
         due = list(self._due.values())
         if self._leaving:
-            # A filter that left and came back is due until its UNSUBSCRIBE is answered, which would undo its SUBSCRIBE.
+            # One that left and came back stays due until its UNSUBSCRIBE is answered, which would undo its SUBSCRIBE.
             due = [registration for registration in due if registration.topic_filter not in self._leaving]
             for registration in due:
                 del self._due[registration.topic_filter]
