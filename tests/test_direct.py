@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -49,6 +50,27 @@ async def test_only_a_plain_socket_is_used_directly() -> None:
         assert DirectSocket.of(stream) is not None
         assert DirectSocket.of(trio.StapledStream(stream, stream)) is None
     assert DirectSocket.of(trio.testing.memory_stream_pair()[0]) is None
+
+
+class Fake(trio.socket.SocketType):
+    """A socket of a test harness, see ``trio.socket.set_custom_socket_factory``."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def type(self) -> socket.SocketKind:
+        return socket.SOCK_STREAM
+
+    def setsockopt(self, level: int, optname: int, value: Any = None, optlen: int | None = None) -> None:
+        pass
+
+    def fileno(self) -> int:
+        raise NotImplementedError
+
+
+async def test_a_socket_that_is_not_the_system_s_is_not_used_directly() -> None:
+    assert DirectSocket.of(trio.SocketStream(Fake())) is None
 
 
 async def test_what_is_written_arrives_and_what_the_socket_does_not_take_is_left() -> None:

@@ -25,10 +25,15 @@ class DirectSocket:
 
     @classmethod
     def of(cls, stream: trio.abc.Stream) -> DirectSocket | None:
-        """None for TLS and the like; and Windows cannot treat a socket as a file."""
-        if sys.platform != "win32" and isinstance(stream, trio.SocketStream):
-            return cls(stream)
-        return None
+        """None for TLS and the like, and for sockets that are not the system's; and Windows cannot treat a socket as
+        a file."""
+        if sys.platform == "win32" or not isinstance(stream, trio.SocketStream):
+            return None
+        try:
+            stream.socket.fileno()
+        except NotImplementedError:  # as Trio's own fake network says it
+            return None
+        return cls(stream)
 
     def write(self, data: bytes) -> int:
         """How many bytes were sent; 0 also if it is broken or closed, which the next ``send_all`` will tell."""
