@@ -393,7 +393,7 @@ class Registry(Generic[M]):
 
 
 def _split(registrations: list[Registration[M]], size: int, room: float) -> Iterator[list[Registration[M]]]:
-    """In lists of at most ``size``, whose filters take ``room`` bytes at most; one filter is never too long."""
+    """In lists of at most ``size``, whose filters take ``room`` bytes at most; one that takes more is alone."""
     for start in range(0, len(registrations), size):
         some = registrations[start : start + size]
         if room < math.inf and len(some) > 1 and sum(len(one.request.packed) for one in some) > room:
