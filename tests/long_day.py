@@ -146,11 +146,14 @@ class Day:
         while True:
             await trio.sleep(self._rng.uniform(*self._pace.publish))
             async with self._application_waits:
-                self._publish_one()
+                await self._nursery.start(self._publish_one)
 
-    def _publish_one(self) -> None:
+    async def _publish_one(self, *, task_status: trio.TaskStatus[None]) -> None:
+        # The number is taken here and not before, or _publish_many() could take the next one and publish it first.
         topic, number = self._next()
-        self._nursery.start_soon(self._publish, topic, number)
+        task_status.started()
+        await self._driver.publish(topic, str(number), qos=OUT[topic])
+        self._answered(topic, number)
 
     def _publish_many(self) -> None:
         """In a definite order, which tasks that are started together do not have."""
@@ -166,10 +169,6 @@ class Day:
         if OUT[topic]:
             self._outgoing[topic].expect(number)
         return topic, number
-
-    async def _publish(self, topic: str, number: int) -> None:
-        await self._driver.publish(topic, str(number), qos=OUT[topic])
-        self._answered(topic, number)
 
     async def _await_receipt(self, topic: str, number: int, receipt: Receipt) -> None:
         await receipt.wait()
