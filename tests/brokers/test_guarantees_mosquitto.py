@@ -34,6 +34,12 @@ class Record:
     arrived: list[int] = attrs.field(factory=list[int])
     refused: set[int] = attrs.field(factory=set[int])
     published: int = 0
+    ordered: int | None = None
+    """How much of ``arrived`` came before mosquitto refused anything; None if it never did."""
+
+    def assert_in_order(self) -> None:
+        first = list(dict.fromkeys(self.arrived[: self.ordered]))
+        assert first == sorted(first)
 
 
 class Crashes:
@@ -71,7 +77,13 @@ class Crashes:
         except PublishRefusedError as error:
             if error.reason_code is not ReasonCode.QUOTA_EXCEEDED:
                 raise
+            self._note_refusal()
             record.refused.add(number)
+
+    def _note_refusal(self) -> None:
+        if not any(record.refused for record in self.records.values()):
+            for record in self.records.values():
+                record.ordered = len(record.arrived)
 
     async def _crash(self) -> None:
         for _ in range(CRASHES):
@@ -110,9 +122,8 @@ async def test_qos_1_arrives_but_for_what_was_acknowledged_and_not_written(groun
         await crashes.run()
     for topic, record in crashes.records.items():
         assert len(record.acknowledged) == record.published > 50
-        first = list(dict.fromkeys(record.arrived))
-        assert first == sorted(first), topic
-        for number in set(record.acknowledged).difference(first):
+        record.assert_in_order()
+        for number in set(record.acknowledged).difference(record.arrived):
             at = record.acknowledged[number]
             assert any(0 <= crash - at < UNWRITTEN for crash in crashes.at), (topic, number, at, crashes.at)
 
@@ -121,7 +132,11 @@ async def test_qos_1_arrives_but_for_what_was_acknowledged_and_not_written(groun
 async def test_qos_2_arrives_but_for_what_was_under_way_and_not_written(ground: Ground, seed: int) -> None:
     """Its exchanges may be older at the broker than here. PUBREL for a message that a crash has made it forget is
     answered with PUBCOMP [MQTT-4.3.3-13]: the message is gone, although it was acknowledged after the crash. And those
-    that it believes to be open still count against its Receive Maximum: it may refuse as many, and says so."""
+    that it believes to be open still count against its Receive Maximum: it may refuse as many, and says so.
+
+    Then there is no order any more. Each refusal makes it take one more than its maximum; a crash later those are in a
+    queue that it knows, and acknowledges PUBREL for, but passes on only after newer messages: with a client that sends
+    packets by hand, mosquitto 2.0.11 passed 22, 24, 26, 27, 28 on as 27, 22, 24, 28, 26."""
     crashes = Crashes(ground, 2, random.Random(seed))
     with trio.fail_after(100):
         await crashes.run()
@@ -129,8 +144,7 @@ async def test_qos_2_arrives_but_for_what_was_under_way_and_not_written(ground: 
         assert len(record.acknowledged) + len(record.refused) == record.published > 50
         assert len(record.refused) <= RECEIVE_MAXIMUM * CRASHES
         assert not record.refused.intersection(record.arrived)
-        first = list(dict.fromkeys(record.arrived))
-        assert first == sorted(first), topic
-        for number in set(record.acknowledged).difference(first):
+        record.assert_in_order()
+        for number in set(record.acknowledged).difference(record.arrived):
             at = record.acknowledged[number]
             assert any(abs(crash - at) < UNWRITTEN for crash in crashes.at), (topic, number, at, crashes.at)
