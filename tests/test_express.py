@@ -17,11 +17,14 @@ from trio_mqtt_driver import (
     Message,
     MQTTDriver,
     NotConnectedError,
+    OfflinePolicy,
+    OutboxFullError,
     PublishRefusedError,
     PublishResult,
     QoS,
     Receipt,
 )
+from trio_mqtt_driver._arguments import make_outgoing
 from trio_mqtt_driver._properties import PropertyBlocks
 from trio_mqtt_driver.testing import Direction, Kind, MemoryBroker
 
@@ -307,6 +310,69 @@ async def test_messages_of_both_ways_keep_their_order(
             await receipt.wait()
         await settled()
     assert received == list(range(200))
+
+
+@pytest.mark.parametrize("released", [False, True])
+async def test_its_packet_identifiers_go_round_and_leave_out_those_in_use(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, *, released: bool
+) -> None:
+    async with MQTTDriver(memory_config(broker, probe="ping")) as driver:
+        window = lane_of(driver)._window
+        window._ids.last = 65533
+        broker.faults.hold(Kind.PUBCOMP if released else Kind.PUBACK, times=1)
+        driver.publish_nowait("a", b"held", qos=2 if released else 1)
+        await settled()
+        assert len(window) == 1
+        window._ids.last = 65533
+        window._ids.used.add(2)
+        receipts = [driver.publish_nowait("a", b"%d" % number, qos=1) for number in range(3)]
+        assert sorted(set(window._sent) - {65534}) == [1, 3, 65535]
+        for receipt in receipts:
+            await receipt.wait()
+        driver.force_reconnect(even_if_live=True)
+    assert sorted(one.payload for one in broker.published if one.topic == "a")[:3] == [b"0", b"1", b"2"]
+    assert not broker.violations
+
+
+async def test_it_does_not_overtake_what_the_refill_rate_holds_back(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    async with MQTTDriver(memory_config(broker, refill_rate=1)) as driver:
+        driver.pause()
+        receipts = [driver.publish_nowait("a", b"%d" % number, qos=1) for number in range(3)]
+        driver.resume()
+        await driver.wait_live()
+        receipts += [driver.publish_nowait("a", b"%d" % number, qos=1) for number in range(3, 5)]
+        for receipt in receipts:
+            await receipt.wait()
+    assert [one.payload for one in broker.published if one.topic == "a"] == [b"%d" % number for number in range(5)]
+
+
+@pytest.mark.parametrize("bound", [{"outbox_messages": 2}, {"outbox_bytes": 1024}])
+async def test_the_bounds_of_the_outbox_hold(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, bound: dict[str, int]
+) -> None:
+    async with MQTTDriver(memory_config(broker, **bound)) as driver:
+        receipts = [driver.publish_nowait("a", bytes(200), qos=1) for _ in range(2)]
+        with pytest.raises(OutboxFullError, match=next(iter(bound))):
+            driver.publish_nowait("a", bytes(300), qos=1)
+        for receipt in receipts:
+            await receipt.wait()
+
+
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+@pytest.mark.parametrize("properties", [{}, {"content_type": "text/plain"}])
+async def test_a_message_counts_for_as_many_bytes_as_on_the_other_way(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, version: str, properties: Any
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=version)) as driver:
+        lane, publish = lane_of(driver), ("a/ä", bytes(200))
+        other = make_outgoing(*publish, 1, False, 0, OfflinePolicy.WAIT, properties)
+        sent = lane.publish_1(*publish, properties)
+        if sent is None:
+            assert (version, properties) == ("3.1.1", {"content_type": "text/plain"})
+        else:
+            assert (sent.size, lane._outbox.accepted_bytes) == (other.size, other.size)
 
 
 async def test_what_is_lost_on_the_way_is_sent_again(

@@ -306,3 +306,29 @@ def test_identifiers_go_round_and_leave_out_those_in_use() -> None:
     ids.last = 65533
     ids.used.add(65535)
     assert [sending.add(outgoing()) for _ in range(3)] == [65534, 1, 2]
+    ids.last = 65533
+    assert [sending.add(outgoing()), ids.allocate()] == [3, 4]
+
+
+def test_a_window_and_requests_never_have_more_than_all_identifiers_between_them() -> None:
+    ids = PacketIds()
+    sending = OutgoingWindow(ids, 10)
+    (first, second) = send(sending, outgoing(2), outgoing(1))
+    sending.acknowledge(PUBREC, first, 0, 1.0)
+    assert {ids.allocate() for _ in range(65533)}.isdisjoint([first, second])
+    with pytest.raises(RuntimeError, match="all 65535"):
+        sending.add(outgoing())
+    sending.take_back()
+    assert {ids.allocate(), ids.allocate()} == {first, second}
+
+
+def test_the_messages_of_a_window_are_in_the_order_of_sending() -> None:
+    sending = window(10)
+    messages = [outgoing(qos) for qos in (1, 2, 2, 1)]
+    for message in messages:
+        message.on_settled = lambda _: None
+    ids = send(sending, *messages, outgoing(1))
+    assert sending.messages() == messages
+    for place in (2, 1):
+        sending.acknowledge(PUBREC, ids[place], 0, 1.0)
+    assert sending.messages() == messages

@@ -10,6 +10,9 @@ A topic is checked and encoded once per connection: its *head* is what stands be
 payload, or the Packet Identifier.
 """
 
+# In one function is also what the window and the outbox would do.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import math
@@ -22,7 +25,7 @@ from ._config import DriverConfig
 from ._history import Counters
 from ._inflight import OutgoingWindow
 from ._outbox import Outbox
-from ._outgoing import Plain, Sent
+from ._outgoing import OVERHEAD, Plain, Sent
 from ._properties import PropertyBlocks
 from ._topics import check_topic
 from ._turns import Turns
@@ -46,6 +49,8 @@ class ExpressLane:
         self._outbox = outbox
         self._counters = counters
         self._block = b"\0" if version == 5 else b""
+        self._overhead = OVERHEAD - 3 - len(self._block)
+        """What a message counts for, beyond the length of its packet: see ``Outgoing.size``."""
         self._write_buffer = -1
         self._longest = self._longest_1 = 0
         self._policy = OfflinePolicy.WAIT
@@ -119,16 +124,45 @@ class ExpressLane:
             if found is None or not block:
                 return None
             block = found
-        if len(head) + 2 + len(block) + len(payload) > self._longest_1:
+        length = len(head) + 2 + len(block) + len(payload)
+        if length > self._longest_1:
             return None
-        outgoing = Plain(topic, raw_topic, payload, self._now(), self._policy, self.turns)
+        outgoing = Plain(topic, raw_topic, payload, self._now(), self._policy, self.turns, length + self._overhead)
         if properties:
-            outgoing.add_properties(block)
-        if self._window.takes_more:
-            if not self._outbox.admit(outgoing):
-                return None
-            self._send(outgoing, head, block)
-        elif (
+            outgoing.properties = block
+        window, outbox = self._window, self._outbox
+        sent, ids, bytes_after = window._sent, window._ids, outbox.accepted_bytes + outgoing.size
+        if window._unsent or window.alone is not None or len(sent) + len(window._released) >= window.size:
+            return self._queue(outgoing)
+        if outbox._waiting or outbox.accepted >= outbox._max_messages or bytes_after > outbox._max_bytes:
+            return None
+        outbox.accepted += 1  # as Outbox.admit
+        outbox.accepted_bytes = bytes_after
+        outgoing.on_settled = outbox._on_settled
+        if outbox._store is not None:
+            outbox._store.add(outgoing)
+        packet_id = ids.last + 1  # as OutgoingWindow.add
+        if packet_id > 65535 or packet_id in sent or packet_id in ids.used or window._released:
+            packet_id = ids.next_free()
+        else:
+            ids.last = packet_id
+        sent[packet_id] = outgoing
+        window._count = outgoing.order = window._count + 1
+        if length < 128:  # as send
+            packet = b"2%c%b%c%c%b%b" % (length, head, packet_id >> 8, packet_id & 255, block, payload)
+        else:
+            size = length & 127 | 128, length >> 7
+            packet = b"2%c%c%b%c%c%b%b" % (*size, head, packet_id >> 8, packet_id & 255, block, payload)
+        writer.buffer.append(packet)
+        writer.written = outgoing.wire_end = writer.written + len(packet)
+        outgoing.attempts = 1
+        self._counters.messages_out += 1
+        if writer.idle:
+            writer.hurry()
+        return outgoing
+
+    def _queue(self, outgoing: Plain) -> Plain | None:
+        if (
             self._policy is OfflinePolicy.LATEST
             or self._window.alone is not None  # it may have been given up, and then nothing comes that refills
             or not self._outbox.enqueue(outgoing)
@@ -138,13 +172,10 @@ class ExpressLane:
 
     def send(self, outgoing: Plain) -> None:
         """Send a message that has waited in the outbox, on this link or an older one."""
-        topic = outgoing.topic
+        topic, payload = outgoing.topic, outgoing.payload
         _, head, _ = self._heads.get(topic) or self._learn(topic)
-        self._send(outgoing, head, outgoing.properties if self._block else b"")
-
-    def _send(self, outgoing: Plain, head: bytes, block: bytes) -> None:
+        block = outgoing.properties if self._block else b""
         packet_id = self._window.add(outgoing)
-        payload = outgoing.payload
         length = len(head) + 2 + len(block) + len(payload)
         if length < 128:
             packet = b"2%c%b%c%c%b%b" % (length, head, packet_id >> 8, packet_id & 255, block, payload)

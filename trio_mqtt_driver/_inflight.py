@@ -20,16 +20,25 @@ class PacketIds:
     def __init__(self) -> None:
         self.last = 0
         self.used: set[int] = set()
+        """Those of requests, and of exchanges that were given up."""
+        self.lines: tuple[dict[int, Outgoing], dict[int, Outgoing]] = {}, {}
+        """Of the window: what is open there is in use, too."""
 
-    def allocate(self) -> int:
+    def next_free(self) -> int:
         """The next one that is not in use. The window keeps far fewer than 65,535 in use at a time."""
-        if len(self.used) >= 65535:
+        used, (sent, released) = self.used, self.lines
+        if len(used) + len(sent) + len(released) >= 65535:
             raise RuntimeError("all 65535 packet identifiers are in use")
         while True:
-            self.last = self.last % 65535 + 1
-            if self.last not in self.used:
-                self.used.add(self.last)
-                return self.last
+            packet_id = self.last = self.last % 65535 + 1
+            if packet_id not in sent and packet_id not in used and packet_id not in released:
+                return packet_id
+
+    def allocate(self) -> int:
+        """One for a request, until it is released."""
+        packet_id = self.next_free()
+        self.used.add(packet_id)
+        return packet_id
 
     def release(self, packet_id: int) -> None:
         self.used.discard(packet_id)
@@ -66,6 +75,7 @@ class OutgoingWindow:
         self._ids = ids
         self._sent = _Line()
         self._released = _Line()
+        ids.lines = self._sent, self._released
         self._flushed = 0
         """Bytes of this connection that have left."""
         self._unsent: dict[int, None] = {}
@@ -90,13 +100,7 @@ class OutgoingWindow:
 
     def add(self, outgoing: Outgoing) -> int:
         """Open an exchange: the Packet Identifier for its PUBLISH. Set its ``wire_end`` when that is written."""
-        ids = self._ids
-        packet_id = ids.last + 1
-        if packet_id in ids.used or packet_id > 65535:
-            packet_id = ids.allocate()
-        else:  # as there
-            ids.last = packet_id
-            ids.used.add(packet_id)
+        packet_id = self._ids.next_free()
         self._sent[packet_id] = outgoing
         self._count += 1
         outgoing.order = self._count
@@ -114,8 +118,10 @@ class OutgoingWindow:
 
     def messages(self) -> list[Outgoing]:
         """Those that somebody published, in the order of sending."""
-        everything = [*self._released.values(), *self._sent.values()]
-        return sorted((one for one in everything if one.on_settled is not None), key=lambda outgoing: outgoing.order)
+        everything = list(self._sent.values())
+        if self._released:  # which are in the order of their PUBRECs
+            everything = sorted([*self._released.values(), *everything], key=lambda outgoing: outgoing.order)
+        return [outgoing for outgoing in everything if outgoing.on_settled is not None]
 
     @property
     def has_unsent(self) -> bool:
@@ -162,8 +168,8 @@ class OutgoingWindow:
         which would be taken for this one."""
         outgoing = self._sent.pop(packet_id)
         self._unsent.pop(packet_id, None)
-        if outgoing.qos == 1:
-            self._ids.release(packet_id)
+        if outgoing.qos == 2:
+            self._ids.used.add(packet_id)
 
     def drop_own(self) -> None:
         """The connection ended: forget its test publish and the like, which nobody waits for."""
@@ -197,7 +203,6 @@ class OutgoingWindow:
         As ``acknowledge``, for many at a time. Raises ``ProtocolError``, which leaves alone what came before it.
         """
         sent = self._sent
-        release = self._ids.used.discard
         first = sent.first
         for packet_id in packet_ids:
             outgoing = sent.get(packet_id)
@@ -205,7 +210,6 @@ class OutgoingWindow:
                 self.acknowledge(PUBACK, packet_id, 0, now)  # of nothing, or a fault
                 continue
             del sent[packet_id]
-            release(packet_id)
             taken.append(outgoing)
             if self._unsent:
                 self._unsent.pop(packet_id, None)
@@ -242,7 +246,6 @@ class OutgoingWindow:
     def _end(self, packet_id: int, outgoing: Outgoing | None) -> Outgoing | None:
         if outgoing is not None:
             self._unsent.pop(packet_id, None)
-            self._ids.release(packet_id)
         return outgoing
 
     def take_back(self) -> list[Outgoing]:
@@ -251,8 +254,6 @@ class OutgoingWindow:
             [*self._released.values(), *self._sent.values()],
             key=lambda outgoing: outgoing.order,
         )
-        for packet_id in (*self._released, *self._sent):
-            self._ids.release(packet_id)
         for outgoing in messages:
             outgoing.wire_end = math.inf
         self._sent.clear()

@@ -300,11 +300,12 @@ class Outbox:
     def acknowledged(self, messages: Iterable[Outgoing], generation: int, now: float) -> None:
         """The guarantee of their QoS is met, with success. As ``Outgoing.acknowledged``, for many at a time."""
         outcome = ReasonCode.SUCCESS, generation, now
+        on_settled = self._on_settled
         count = size = 0
         for outgoing in messages:
             if outgoing.done:
                 continue
-            if outgoing.row or outgoing.on_settled is not self._on_settled:
+            if outgoing.row or outgoing.on_settled is not on_settled:
                 outgoing.acknowledged(ReasonCode.SUCCESS, generation, now)
                 continue
             count += 1

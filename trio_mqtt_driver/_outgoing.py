@@ -13,7 +13,7 @@ from ._properties import decode_publish_block
 from ._turns import Turns
 from ._types import Diagnosis, OfflinePolicy, PublishProperties, PublishResult, ReasonCode
 
-_OVERHEAD = 200
+OVERHEAD = 200
 """Bytes that an accepted message costs besides its topic, payload and properties, roughly."""
 
 
@@ -118,7 +118,7 @@ class Outgoing(Receipt):
         self.offline = offline
         self.row = row
         self.attempts = attempts
-        self.size = len(raw_topic) + len(payload) + len(properties) + _OVERHEAD
+        self.size = len(raw_topic) + len(payload) + len(properties) + OVERHEAD
         """Bytes that it counts for in the outbox."""
 
     def __repr__(self) -> str:
@@ -237,7 +237,14 @@ class Plain(Outgoing):
     qos = 1
 
     def __init__(
-        self, topic: str, raw_topic: bytes, payload: bytes, accepted_at: float, offline: OfflinePolicy, turns: Turns
+        self,
+        topic: str,
+        raw_topic: bytes,
+        payload: bytes,
+        accepted_at: float,
+        offline: OfflinePolicy,
+        turns: Turns,
+        size: int,
     ) -> None:
         self.topic = topic
         self.raw_topic = raw_topic
@@ -245,12 +252,7 @@ class Plain(Outgoing):
         self.accepted_at = accepted_at
         self.offline = offline
         self.turns = turns
-        self.size = len(raw_topic) + len(payload) + 1 + _OVERHEAD
-
-    def add_properties(self, block: bytes) -> None:
-        """Before it is accepted."""
-        self.properties = block
-        self.size += len(block) - 1
+        self.size = size
 
 
 @attrs.frozen(kw_only=True)

@@ -192,7 +192,8 @@ class Publisher:
         published = self._supervisor.undelivered
         with trio.move_on_after(self._supervisor.config.drain_timeout):
             await wait_settled(published)
-        return tuple(outgoing.undelivered() for outgoing in published if outgoing.left_behind)
+        unacknowledged = [outgoing for outgoing in published if outgoing.outcome is None]  # nearly always none
+        return tuple(outgoing.undelivered() for outgoing in unacknowledged if outgoing.left_behind)
 
     def lost(self, outgoing: Outgoing) -> MessageLostError:
         """The driver ended first."""

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping
 
+from .job import Job
 from .workloads.base import Workload
 
 OURS = "trio-mqtt-driver"
@@ -25,7 +26,7 @@ class Client:
     pip_options: tuple[str, ...] = ()
     versions: tuple[str, ...] = ("5", "3.1.1")
     apis: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict[str, tuple[str, ...]])
-    """Work -> the interfaces it is done with, if there is more than one."""
+    """Work, or work and QoS -> the interfaces it is done with, if there is more than one."""
     without: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     """Names of workloads, or patterns -> why they are not measured."""
     peer: bool = True
@@ -39,8 +40,8 @@ class Client:
             return f"has MQTT {', '.join(self.versions)} only"
         return None
 
-    def apis_for(self, work: str) -> tuple[str, ...]:
-        return self.apis.get(work, ONE)
+    def apis_for(self, job: Job) -> tuple[str, ...]:
+        return self.apis.get(f"{job.work}-{job.qos}") or self.apis.get(job.work, ONE)
 
 
 CLIENTS = (
@@ -57,7 +58,11 @@ CLIENTS = (
     Client(
         OURS,
         "ours",
-        apis={"receive": ("handler", "iterator"), "publish": ("nowait", "await")},
+        apis={
+            "receive": ("handler", "iterator"),
+            "publish-0": ("nowait", "await"),
+            "publish-1": ("nowait", "receipts", "await"),
+        },
         peer=False,
     ),
     Client("aiomqtt 2", "aiomqtt2", ("aiomqtt>=2.5,<3",)),

@@ -69,7 +69,7 @@ def _jobs(client: Client, workload: Workload, results: Results, *, first: bool) 
         if first:
             results.missing.append(Missing(client.name, workload.name, reason))
         return
-    for api in client.apis_for(workload.job.work):
+    for api in client.apis_for(workload.job):
         yield dataclasses.replace(workload.job, client=client.module, api=api)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import Any
 
 import trio
@@ -92,7 +91,9 @@ async def publish(job: Job, gauge: Gauge) -> None:
         await driver.subscribe(DONE, done)
         gauge.start()
         if job.api == "nowait":
-            await (_publish_receipts if job.qos else _publish_until_full)(driver, job)
+            await (_publish_and_drain if job.qos else _publish_until_full)(driver, job)
+        elif job.api == "receipts":
+            await _publish_receipts(driver, job)
         elif job.qos:
             await _publish_in_tasks(driver, job)
         else:
@@ -102,14 +103,25 @@ async def publish(job: Job, gauge: Gauge) -> None:
         gauge.stop()
 
 
-async def _publish_receipts(driver: MQTTDriver, job: Job) -> None:
-    """Without waiting for each: a window's worth of receipts, then these are waited for."""
-    topics, content = job.topic_names(), job.content
+async def _publish_and_drain(driver: MQTTDriver, job: Job) -> None:
+    """A window's worth, until all of it is acknowledged: for whoever need not know the result of each."""
+    topics, content, options = job.topic_names(), job.content, properties(job)
     several = len(topics)
-    publish: Any = partial(driver.publish_nowait, qos=job.qos, **properties(job))
+    for number in range(job.count):
+        driver.publish_nowait(topics[number % several], content, qos=job.qos, **options)
+        if number % WINDOW == WINDOW - 1:
+            await driver.drain()
+    await driver.drain()
+
+
+async def _publish_receipts(driver: MQTTDriver, job: Job) -> None:
+    """A window's worth of receipts, then each is waited for."""
+    topics, content, options = job.topic_names(), job.content, properties(job)
+    several = len(topics)
     for start in range(0, job.count, WINDOW):
         receipts = [
-            publish(topics[number % several], content) for number in range(start, min(start + WINDOW, job.count))
+            driver.publish_nowait(topics[number % several], content, qos=job.qos, **options)
+            for number in range(start, min(start + WINDOW, job.count))
         ]
         for receipt in receipts:
             await receipt.wait()
@@ -117,11 +129,10 @@ async def _publish_receipts(driver: MQTTDriver, job: Job) -> None:
 
 async def _publish_until_full(driver: MQTTDriver, job: Job) -> None:
     """Without waiting, but when the write buffer is full, or others have waited for long enough."""
-    topics, content = job.topic_names(), job.content
+    topics, content, options = job.topic_names(), job.content, properties(job)
     several = len(topics)
-    publish: Any = partial(driver.publish_nowait, qos=0, **properties(job))
     for number in range(job.count):
-        receipt = publish(topics[number % several], content)
+        receipt = driver.publish_nowait(topics[number % several], content, **options)
         if not receipt.done or not number % WINDOW:
             await receipt.wait()
 
@@ -134,11 +145,10 @@ async def _publish_in_tasks(driver: MQTTDriver, job: Job) -> None:
 
 
 async def _publish_one_by_one(driver: MQTTDriver, job: Job, numbers: range) -> None:
-    topics, content = job.topic_names(), job.content
+    topics, content, options = job.topic_names(), job.content, properties(job)
     several = len(topics)
-    publish: Any = partial(driver.publish, qos=job.qos, **properties(job))
     for number in numbers:
-        await publish(topics[number % several], content)
+        await driver.publish(topics[number % several], content, qos=job.qos, **options)
 
 
 async def round_trip(job: Job, gauge: Gauge) -> None:
