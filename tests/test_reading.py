@@ -11,7 +11,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.peers import memory_config
-from trio_mqtt_driver import Acknowledge, Message, MQTTDriver, State
+from trio_mqtt_driver import Acknowledge, DriverClosedError, Message, MQTTDriver, State
 from trio_mqtt_driver.testing import Kind, MemoryBroker
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -220,3 +220,82 @@ async def test_a_message_is_processed_when_the_next_is_asked_for_even_if_that_is
         await settled()
         assert sum(packet.kind is Kind.PUBACK for _, packet in broker.received) == 1
         assert (await messages.receive()).payload == b"2"
+
+
+async def test_whoever_a_message_was_for_has_a_turn_before_its_acknowledgement_is_written(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """Or the answer would have to wait for that, too. The scheduler's order is random, so it happens many times."""
+    broker = MemoryBroker(nursery)
+    arrived = trio.Event()
+
+    def handler(_message: Message[bytes]) -> None:
+        arrived.set()
+
+    async with MQTTDriver(memory_config(broker)) as driver:
+        await driver.subscribe("a", handler, qos=1)
+        live = driver._supervisor.live  # pyright: ignore[reportPrivateUsage]
+        assert live is not None
+        for _ in range(30):
+            await settled()
+            arrived = trio.Event()
+            written = live._writer.written  # pyright: ignore[reportPrivateUsage]
+            broker.publish("a", b"x", qos=1)
+            await arrived.wait()
+            assert live._writer.written == written  # pyright: ignore[reportPrivateUsage]
+        await settled()
+        assert sum(packet.kind is Kind.PUBACK for _, packet in broker.received) == 30
+
+
+@pytest.mark.parametrize("iterate", [False, True])
+async def test_what_comes_together_after_a_pause_is_handled_in_one_turn(
+    iterate: bool, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """Each visit to the scheduler costs more than the messages."""
+    broker = MemoryBroker(nursery)
+    rounds = 0
+    seen: list[int] = []
+    all_seen = trio.Event()
+
+    async def count_rounds() -> None:
+        nonlocal rounds
+        while True:
+            await trio.lowlevel.checkpoint()
+            rounds += 1
+
+    def handler(_message: Message[bytes]) -> None:
+        seen.append(rounds)
+        if len(seen) == 10:
+            all_seen.set()
+
+    async def consume(driver: MQTTDriver) -> None:
+        async with driver.subscription("a") as messages:
+            subscribed.set()
+            async for message in messages:
+                handler(message)
+
+    subscribed = trio.Event()
+    async with MQTTDriver(memory_config(broker)) as driver, trio.open_nursery() as tasks:
+        if iterate:
+            tasks.start_soon(consume, driver)
+            await subscribed.wait()
+        else:
+            await driver.subscribe("a", handler)
+        await trio.sleep(10)
+        tasks.start_soon(count_rounds)
+        for _ in range(10):
+            broker.publish("a", b"x")
+        await all_seen.wait()
+        assert len(set(seen)) == 1
+        tasks.cancel_scope.cancel()
+
+
+async def test_to_ask_a_subscription_that_is_ended_is_a_checkpoint(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    broker = MemoryBroker(nursery)
+    async with MQTTDriver(memory_config(broker)) as driver:
+        async with driver.subscription("a") as messages:
+            pass
+        with trio.testing.assert_checkpoints(), pytest.raises(DriverClosedError, match="is ended"):
+            await messages.receive()

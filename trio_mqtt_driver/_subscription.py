@@ -290,10 +290,12 @@ class Subscription(Generic[T]):
         self._receiving = True
         try:
             try:
-                await self._give_way()
+                done = self._handed_out
+                if self._queue or self._closed or (done is not None and done.qos):  # else the wait below is one
+                    await self._give_way()
             finally:  # not before: whoever the message was for has a turn before its acknowledgement is written
                 self.finish()
-            while True:  # noqa: ASYNC913  # _give_way is the cancel point
+            while True:  # noqa: ASYNC913  # _give_way or the wait is the cancel point
                 while not self._queue:
                     if self._closed:
                         raise DriverClosedError(f"the subscription of {self.topic_filter!r} is ended")
@@ -302,6 +304,7 @@ class Subscription(Generic[T]):
                     self._sleeping = True
                     await self._arrived.wait()
                     self._sleeping = False
+                    self._begin_turn()
                 message: Message[T] = self._queue.popleft()
                 self._queued_bytes -= len(message.payload)
                 if self.watched:
@@ -427,9 +430,12 @@ class Subscription(Generic[T]):
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
             await trio.lowlevel.checkpoint()
-            self._now = trio.lowlevel.current_clock().current_time
-            self._calls = 0
-            self._until = self._now() + _SECONDS
+            self._begin_turn()
+
+    def _begin_turn(self) -> None:
+        self._now = trio.lowlevel.current_clock().current_time
+        self._calls = 0
+        self._until = self._now() + _SECONDS
 
     async def _misfit(self, message: Message[Any], error: PayloadError) -> None:
         """A payload that is not of our message class: another subscription's of this filter, or a dead letter."""

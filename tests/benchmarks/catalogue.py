@@ -62,6 +62,7 @@ CLIENTS = (
             "receive": ("handler", "iterator"),
             "publish-0": ("nowait", "await"),
             "publish-1": ("nowait", "receipts", "await"),
+            "round_trip": ("handler", "iterator"),
         },
         peer=False,
     ),

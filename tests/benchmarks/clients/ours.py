@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import trio
@@ -153,23 +154,33 @@ async def _publish_one_by_one(driver: MQTTDriver, job: Job, numbers: range) -> N
 
 async def round_trip(job: Job, gauge: Gauge) -> None:
     topic = job.topic_names()[0]
-    trips: list[float] = []
     async with MQTTDriver(config(job)) as driver:
-        returned = trio.Event()
-
-        def handle(message: Message[bytes]) -> None:
-            returned.set()
-
-        await driver.subscribe(topic, handle, qos=job.qos)
-        for _ in range(job.count):
-            await trio.sleep(0.002)
+        # Not `publish()`, which would wait for the acknowledgement: the message comes back before it.
+        publish = partial(driver.publish_nowait, topic, job.content, qos=job.qos)
+        if job.api == "iterator":
+            async with driver.subscription(topic, qos=job.qos) as messages:
+                gauge.trips([await _trip(publish, messages.receive) for _ in range(job.count)])
+        else:
             returned = trio.Event()
-            before = time.perf_counter()
-            # Not `publish()`, which would wait for the acknowledgement: the message comes back before it.
-            driver.publish_nowait(topic, job.content, qos=job.qos)
-            await returned.wait()
-            trips.append(time.perf_counter() - before)
-    gauge.trips(trips)
+
+            def handle(_message: Message[bytes]) -> None:
+                returned.set()
+
+            async def wait() -> None:
+                nonlocal returned
+                await returned.wait()
+                returned = trio.Event()
+
+            await driver.subscribe(topic, handle, qos=job.qos)
+            gauge.trips([await _trip(publish, wait) for _ in range(job.count)])
+
+
+async def _trip(publish: Callable[[], object], wait: Callable[[], Awaitable[object]]) -> float:
+    await trio.sleep(0.002)
+    before = time.perf_counter()
+    publish()
+    await wait()
+    return time.perf_counter() - before
 
 
 async def reconnect(job: Job, gauge: Gauge) -> None:
