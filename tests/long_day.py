@@ -286,12 +286,22 @@ class Day:
 
     @asynccontextmanager
     async def quiet(self) -> AsyncGenerator[None, None]:
-        """Inside the block nobody publishes, and everything has arrived that had to. Nothing may be wrong then."""
+        """Inside the block nobody publishes, all has arrived that had to, and the driver has nothing left to do.
+        Nothing may be wrong then."""
         async with self._peer_waits, self._application_waits:
             await self._wait_until(lambda: self._heard_all() and not self._unanswered and not self._on_the_way())
+            await self._wait_acknowledged()
+            status = self._driver.status()
+            assert (status.queued, status.in_flight, status.unacknowledged) == (0, 0, 0)
             self._check_undisturbed()
             assert not self.diary.complaints, "\n".join(self.diary.complaints)
             yield
+
+    async def _wait_acknowledged(self) -> None:
+        """A listener says what it was given before the driver can acknowledge it; QoS 2 takes another answer."""
+        with trio.move_on_after(self._within):
+            while self._driver.status().unacknowledged:  # noqa: ASYNC110  # that it is over is no event
+                await trio.sleep(0.01)
 
     def _heard_all(self) -> bool:
         return self._state.seen == self._state.published and not any(one.sequence.missing for one in self._listeners)

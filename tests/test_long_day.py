@@ -110,7 +110,6 @@ async def test_a_day_with_five_outages(
     assert trio.current_time() >= DAY
     assert day.published > DAY / 6
     assert day.received > DAY / 20
-    assert (status.queued, status.in_flight, status.unacknowledged) == (0, 0, 0)
     assert status.counters["dropped"] == status.counters["handler_errors"] == 0
     assert not broker.dropped
     assert not broker.violations

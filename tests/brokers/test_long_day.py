@@ -248,7 +248,6 @@ async def live_through(ground: Ground, rng: random.Random) -> None:
         status = driver.status()
         assert len(day.diary.outages) == 5
         assert min(day.published, day.received) > DAY
-        assert (status.queued, status.in_flight, status.unacknowledged) == (0, 0, 0)
         assert status.counters["dropped"] == status.counters["handler_errors"] == 0
 
 
