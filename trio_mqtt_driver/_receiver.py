@@ -87,10 +87,12 @@ class Receiver:
                     self._wait_turn(message)
                 return False
         if message.qos and self._window.overrun and self._version == 5:
-            raise ProtocolError(
+            error = ProtocolError(
                 f"protocol error: {len(self._window)} unacknowledged messages, announced was a "
                 f"Receive Maximum of {self._window.maximum} [MQTT-3.3.4-9]"
             )
+            self._window.forget([message])  # or a session that goes on would take its repetition for one
+            raise error
         if self.intercept is not None and message.topic == self.intercept[0]:
             self.intercept[1](message)
             message._done()
