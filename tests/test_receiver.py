@@ -108,10 +108,9 @@ async def test_what_is_out_of_turn_has_the_timer_look(bench: Bench) -> None:
 
 
 async def test_whoever_waits_for_room_gets_what_was_noted(bench: Bench) -> None:
-    bench.receiver._window.maximum = 1
-    messages = [bench.take(1, 1)]
-    bench.receiver._window.maximum = 0
-    messages[0].ack()
+    message = bench.take(1, 1)
+    bench.receiver._window.most = 0
+    message.ack()
     assert bench.receiver.full
     await bench.receiver.wait_room()
     assert bench.written == encode_ack(PUBACK, 1)

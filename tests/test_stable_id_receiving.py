@@ -321,24 +321,25 @@ async def test_a_receive_maximum_is_held_across_connections(autojump_clock: Mock
     assert not broker.violations
 
 
-async def test_a_message_beyond_the_receive_maximum_is_not_taken_for_one_that_was_received(
+async def test_a_session_with_more_in_flight_than_the_receive_maximum_is_taken_up(
     autojump_clock: MockClock, broker: MemoryBroker
 ) -> None:
-    """mosquitto 2.0.11 sends one too many after a crash, and again on the next connection."""
+    """mosquitto 2.0.11 sends more, and all of them again on the next connection."""
     desk = Desk()
     async with MQTTDriver(stable_config(broker, "5", receive_maximum=2)) as driver:
         await driver.subscribe("a", desk.handle, qos=2)
-        for packet_id in (1, 2, 3):
-            broker.send("driver", Publish(topic="a", payload=b"%d" % packet_id, qos=2, packet_id=packet_id))
-        await driver.wait_state(State.BACKING_OFF)
-        assert "[MQTT-3.3.4-9]" in (driver.status().last_error or "")
-        await driver.wait_live()
-        await desk.finish(2)
-        broker.send("driver", Publish(topic="a", payload=b"3", qos=2, packet_id=3, dup=True))
-        await settled()
-        assert desk.payloads == [b"1", b"2", b"3"]
-        await desk.finish()
-        assert acknowledged(connections(broker)[-1], Kind.PUBREC) == [3]
+        for dup in (False, True):
+            for packet_id in range(1, 6):
+                payload = b"%d" % packet_id
+                broker.send("driver", Publish(topic="a", payload=payload, qos=2, packet_id=packet_id, dup=dup))
+            await settled()
+            assert driver.status().unacknowledged == 5
+            if not dup:
+                await lose_link(driver, broker)
+                await find_link(driver, broker)
+        await desk.finish(5)
+        assert desk.payloads == [b"1", b"2", b"3", b"4", b"5"]
+        assert acknowledged(connections(broker)[-1], Kind.PUBREC) == [1, 2, 3, 4, 5]
 
 
 async def test_an_unsubscribe_acknowledges_what_is_queued_of_an_older_connection(

@@ -225,14 +225,17 @@ class Connection:
         if not self.limits.identifiers_available:
             identifier = None
         if self.version != 5 and any(request.needs_5 for request in requests):
-            self._warn_once("no_local, retain_as_published and retain_handling need MQTT 5 and are left out")
+            self._warn_once(
+                "the broker speaks 3.1.1: no_local, retain_as_published and retain_handling need MQTT 5 "
+                "and are left out"
+            )
         packet_id, packet = self._control.subscribe_packet(requests, identifier, user_properties)
         return self._request(packet_id, packet, Request(len(requests), unsubscribe=False, reply=Reply()))
 
     def _warn_once(self, words: str) -> None:
         if words not in self._warned:
             self._warned.add(words)
-            logger.warning("%s: the broker speaks 3.1.1: %s", self.config.client_id, words)
+            logger.warning("%s: %s", self.config.client_id, words)
 
     def unsubscribe(self, filters: list[str]) -> Reply[tuple[ReasonCode, ...]]:
         packet_id, packet = self._control.unsubscribe_packet(filters)

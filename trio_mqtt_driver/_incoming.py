@@ -94,10 +94,13 @@ class IncomingWindow:
         maximum: int,
         received: dict[int, Received] | None = None,
         *,
+        most: int | None = None,
         maximum_bytes: float = math.inf,
         patience: float = math.inf,
     ) -> None:
         self.maximum = maximum
+        self.most = maximum if most is None else most
+        """How many may be unanswered before it is ``full``."""
         self._maximum_bytes = maximum_bytes
         self._patience = patience
         self._received: dict[int, Received] = {} if received is None else received
@@ -123,8 +126,8 @@ class IncomingWindow:
 
     @property
     def full(self) -> bool:
-        """Whether these are more, or more bytes of payload, than they should be."""
-        return self._qos1 + len(self._owed) > self.maximum or self._bytes > self._maximum_bytes
+        """Whether these are too many, or too many bytes of payload."""
+        return self._qos1 + len(self._owed) > self.most or self._bytes > self._maximum_bytes
 
     @property
     def look_at(self) -> float:
@@ -136,11 +139,6 @@ class IncomingWindow:
         self._qos1 += 1
         self._bytes += len(message.payload)
         self._line.messages.append(message)
-
-    @property
-    def room(self) -> int:
-        """How many more the broker may send."""
-        return self.maximum - self._qos1 - len(self._qos2)
 
     def publish_row(self, messages: list[Message[Any]]) -> None:
         """Take PUBLISHes of QoS 1; those of QoS 0 in between are nothing for here."""
@@ -187,8 +185,8 @@ class IncomingWindow:
 
     @property
     def overrun(self) -> bool:
-        """Whether the broker has sent more than it may."""
-        return self.room < 0
+        """Whether the broker has sent more than ``maximum``."""
+        return self._qos1 + len(self._qos2) > self.maximum
 
     def publish(self, message: Message[Any]) -> tuple[bool, bytes]:
         """Take a QoS 1 or 2 PUBLISH: whether it is new, and what to answer at once."""

@@ -18,12 +18,16 @@ from typing import Any
 import trio
 
 from ._config import DriverConfig
-from ._errors import ProtocolError
 from ._history import Counters
 from ._incoming import IncomingWindow
 from ._session import Session
 from ._types import Message
 from ._writer import Writer
+
+_TOLERATED = 10
+"""How often a broker may send our Receive Maximum before reading pauses. mosquitto 2.0.11 keeps to it until messages
+wait in its own queue, and then sends them all. To end the connection over it, as MQTT would have it, loses them; to
+pause at once lets a handler wait for ever that waits for an answer of the broker."""
 
 
 class Receiver:
@@ -49,10 +53,12 @@ class Receiver:
         self._window = IncomingWindow(
             config.receive_maximum,
             session.received,
+            most=config.receive_maximum * (_TOLERATED if version == 5 else 1),
             maximum_bytes=config.receive_bytes,
             patience=config.ack_patience,
         )
         self._acknowledged = trio.Event()
+        self._overran = False
         self.ended = False
         """Whether nothing can be acknowledged on the connection any more."""
         self.note: Callable[[Message[Any]], object] = self._window.processed.append
@@ -67,14 +73,16 @@ class Receiver:
 
     def take_row(self, messages: list[Message[Any]], qos: int) -> bool:
         """Take messages of QoS 0 and 1 of which ``qos`` is the highest; False if each must be looked at by itself."""
-        if self.intercept is not None or (qos and self._version == 5 and len(messages) > self._window.room):
+        if self.intercept is not None:
             return False
         if qos:
             self._window.publish_row(messages)
+            if self._window.overrun:
+                self._overrun()
         return True
 
     def take(self, message: Message[Any]) -> bool:
-        """Take a message; False if it is not for the application. Raises ``ProtocolError``."""
+        """Take a message; False if it is not for the application."""
         if message.qos == 1:
             self._window.publish_1(message)
         elif message.qos:
@@ -86,18 +94,22 @@ class Receiver:
                 if not answer:
                     self._wait_turn(message)
                 return False
-        if message.qos and self._window.overrun and self._version == 5:
-            error = ProtocolError(
-                f"protocol error: {len(self._window)} unacknowledged messages, announced was a "
-                f"Receive Maximum of {self._window.maximum} [MQTT-3.3.4-9]"
-            )
-            self._window.forget([message])  # or a session that goes on would take its repetition for one
-            raise error
+        if message.qos and self._window.overrun:
+            self._overrun()
         if self.intercept is not None and message.topic == self.intercept[0]:
             self.intercept[1](message)
             message._done()
             return False
         return True
+
+    def _overrun(self) -> None:
+        """There are more than our Receive Maximum, which only a 5 broker knows."""
+        if self._version == 5 and not self._overran:
+            self._overran = True
+            self._warn_once(
+                f"the broker sends more than our Receive Maximum of {self._window.maximum} [MQTT-3.3.4-9]; "
+                f"reading pauses when {self._window.most} wait to be processed"
+            )
 
     def forget(self, messages: list[Message[Any]]) -> None:
         """New messages will never be acknowledged."""
@@ -133,7 +145,10 @@ class Receiver:
         self.collect()
         if message._code and self._version != 5:
             message._code = 0
-            self._warn_once("a refusal of a message needs MQTT 5, and is an acknowledgement like any other")
+            self._warn_once(
+                "the broker speaks 3.1.1: a refusal of a message needs MQTT 5, "
+                "and is an acknowledgement like any other"
+            )
         if not self.ended:
             packets = self._window.acknowledge(message)
             if packets:

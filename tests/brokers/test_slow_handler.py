@@ -1,0 +1,77 @@
+"""A handler that falls behind: what waits for it, here and in the broker, is more than our Receive Maximum."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from tests.brokers.grounds import Ground
+from trio_mqtt_driver import Message, MQTTDriver
+
+pytestmark = pytest.mark.broker
+
+RECEIVE_MAXIMUM = 20
+MESSAGES = 150
+
+
+class SlowHandler:
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self._all = trio.Event()
+
+    async def handle(self, message: Message[bytes]) -> None:
+        await trio.sleep(0.01)
+        self.numbers.append(int(message.payload))
+        if len(set(self.numbers)) == MESSAGES:
+            self._all.set()
+
+    async def wait_all(self) -> None:
+        await self._all.wait()
+
+    def check(self, qos: int) -> None:
+        assert set(self.numbers) == set(range(MESSAGES))
+        if qos == 2:  # with QoS 1 brokers may repeat what is not acknowledged, and nats-server does
+            assert len(self.numbers) == MESSAGES
+
+
+async def publish_all(driver: MQTTDriver, qos: int) -> None:
+    receipts = [driver.publish_nowait("in", str(number), qos=qos) for number in range(MESSAGES)]
+    for receipt in receipts:
+        await receipt.wait()
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_a_slow_handler_costs_neither_the_link_nor_a_message(ground: Ground, qos: int) -> None:
+    slow = SlowHandler()
+    with trio.fail_after(60):
+        async with (
+            MQTTDriver(ground.config(receive_maximum=RECEIVE_MAXIMUM)) as driver,
+            MQTTDriver(ground.config(client_id="witness")) as witness,
+        ):
+            await driver.subscribe("in", slow.handle, qos=qos)
+            await publish_all(witness, qos)
+            await slow.wait_all()
+            assert driver.generation == 1
+    slow.check(qos)
+
+
+@pytest.mark.parametrize("idle_ground", ["mosquitto-5"], indirect=True)
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_a_session_with_too_much_in_flight_is_taken_up(ground: Ground, qos: int) -> None:
+    """mosquitto 2.0.11 sends more than it may, and on the next connection all of it again."""
+    slow = SlowHandler()
+    with trio.fail_after(60):
+        async with (
+            MQTTDriver(ground.config(receive_maximum=RECEIVE_MAXIMUM, stable_id=True)) as driver,
+            MQTTDriver(ground.config(client_id="witness")) as witness,
+        ):
+            await driver.subscribe("in", slow.handle, qos=qos)
+            await publish_all(witness, qos)
+            for generation in range(2, 5):
+                driver.force_reconnect(even_if_live=True)
+                await driver.wait_live()
+                assert driver.generation == generation
+                await trio.sleep(0.1)
+            await slow.wait_all()
+            assert driver.generation == 4
+    slow.check(qos)
