@@ -24,6 +24,7 @@ from ._session import Session
 from ._types import Message
 from ._writer import Writer
 
+_PACKET_IDS = 65535
 _TOLERATED = 10
 """How often a broker may send our Receive Maximum before reading pauses. mosquitto 2.0.11 keeps to it until messages
 wait in its own queue, and then sends them all. To end the connection over it, as MQTT would have it, loses them; to
@@ -53,7 +54,7 @@ class Receiver:
         self._window = IncomingWindow(
             config.receive_maximum,
             session.received,
-            most=config.receive_maximum * (_TOLERATED if version == 5 else 1),
+            most=min(config.receive_maximum * (_TOLERATED if version == 5 else 1), _PACKET_IDS),
             maximum_bytes=config.receive_bytes,
             patience=config.ack_patience,
         )
