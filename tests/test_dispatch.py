@@ -144,6 +144,40 @@ async def test_a_payload_that_fits_no_class_is_a_dead_letter_and_the_next_one_is
         assert driver.status().unacknowledged == 0  # a dead letter is acknowledged too: it would only come again
 
 
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_the_value_of_a_dead_letter_is_none(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, qos: int
+) -> None:
+    letters: list[Message[Any]] = []
+
+    def dead_letter(message: Message[Any], _error: PayloadError) -> None:
+        letters.append(message)
+
+    async with MQTTDriver(memory_config(broker)) as driver:
+        await driver.subscribe("r", print, Reading, qos=qos, on_dead_letter=dead_letter)
+        for _ in range(3):  # the parser has a quicker way for all but the first
+            broker.publish("r", b"[]", qos=qos)
+        await settled()
+    assert [message.value for message in letters] == [None, None, None]
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+@pytest.mark.parametrize("qos", [0, 1, 2])
+async def test_each_of_several_subscriptions_gets_every_message(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, qos: int, protocol: str
+) -> None:
+    got: list[list[Message[bytes]]] = [[], [], [], []]
+    payloads = [b"%d" % number for number in range(5)]
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        for topic_filter, arrived in zip(("a/b", "a/b", "a/#", "+/b"), got, strict=True):
+            await driver.subscribe(topic_filter, arrived.append, qos=qos)
+        for payload in payloads:
+            broker.publish("a/b", payload, qos=qos)
+        await settled()
+        assert driver.status().unacknowledged == 0
+    assert [[message.payload for message in arrived] for arrived in got] == [payloads] * 4
+
+
 async def test_a_dead_letter_without_a_handler_for_it_is_logged(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -111,9 +111,24 @@ async def run_calls(
             seen = {name: counters[name] for name in ("messages_out", "bytes_out", "outbox_refused", "refused")}
             written = bytes(streams[0].written[before:])
             assert driver.undelivered == ()
+            live = driver._supervisor.live  # pyright: ignore[reportPrivateUsage]
+            assert live is not None
+            assert live._writer.waiting == 0  # pyright: ignore[reportPrivateUsage]  # else it has miscounted
         nursery.cancel_scope.cancel()
     assert not peer.violations
     return outcomes, written, seen
+
+
+@pytest.mark.parametrize("in_flight", [100, 1], ids=["at once", "from the outbox"])
+@pytest.mark.parametrize("qos", [0, 1])
+@pytest.mark.parametrize("size", [0, 100, *range(120, 136), 16_360, *range(16_370, 16_390)])
+async def test_packets_of_every_length_are_the_same_and_counted(qos: int, size: int, in_flight: int) -> None:
+    calls = [{"topic": "a/b", "payload": bytes(size), "qos": qos, **more} for more in ({}, {"content_type": "c"}, {})]
+    one, other = [
+        await run_calls(calls, awaited=False, express=express, limits={}, options={"in_flight": in_flight})
+        for express in (True, False)
+    ]
+    assert one == other
 
 
 class Odd:

@@ -299,7 +299,7 @@ async def test_a_broker_that_exceeds_the_receive_maximum_is_borne_with(
 
 
 async def test_with_3_1_1_the_receive_maximum_pauses_reading(
-    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate()
     other: list[bytes] = []
@@ -318,6 +318,7 @@ async def test_with_3_1_1_the_receive_maximum_pauses_reading(
         assert gate.done == [b"0", b"1", b"2", b"3", b"4"]
         assert other == [b"1"]
         assert driver.generation == 1
+    assert "Receive Maximum" not in caplog.text  # of which that broker does not know
 
 
 async def test_a_handlers_exception_is_logged_and_counted_and_the_next_message_comes(

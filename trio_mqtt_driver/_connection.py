@@ -322,8 +322,9 @@ class Connection:
             self.deadlines.heard_at = trio.current_time()
             self._counters.bytes_in += len(data)
             messages: list[Message[Any]] = []
+            plain = False
             try:
-                self._take_packets(self._reader.feed(data), messages)
+                plain = self._take_packets(self._reader.feed(data), messages)
             except ProtocolError as exc:
                 self.fail(exc)
             self.deadlines.mid_packet = self._reader.mid_packet
@@ -337,7 +338,7 @@ class Connection:
                 self._counters.messages_in += len(messages)
                 if self._inbox.retired:
                     self.receiver.forget(messages)
-                self._inbox.deliver(messages, copies=bool(self.session.copies))
+                self._inbox.deliver(messages, copies=bool(self.session.copies), plain=plain)
             if self._writer.answers > _MOST_ANSWERS:
                 self.fail(
                     ConnectionLostError(f"the broker reads nothing: {self._writer.answers} bytes of answers wait")
@@ -362,12 +363,15 @@ class Connection:
         await self.receiver.wait_room()
         self.deadlines.resume(trio.current_time())
 
-    def _take_packets(self, packets: list[Packet], messages: list[Message[Any]]) -> None:
-        """Act on packets, and append the messages that are for the application. Raises ``ProtocolError``."""
+    def _take_packets(self, packets: list[Packet], messages: list[Message[Any]]) -> bool:
+        """Act on packets, and append the messages that are for the application. Raises ``ProtocolError``.
+
+        True if there is nothing about any of them: neither properties nor RETAIN.
+        """
         qos = self._reader.plain_qos
         if qos is not None and self.receiver.take_row(row := cast("list[Message[Any]]", packets), qos):
             messages += row
-            return
+            return True
         for packet in packets:
             if isinstance(packet, Message):
                 if self.receiver.take(packet):
@@ -376,6 +380,7 @@ class Connection:
                 self.sender.take_pubacks(packet)
             else:
                 self._take(packet)
+        return False
 
     def _take(self, packet: Ack | bytes) -> None:
         if isinstance(packet, tuple):

@@ -58,10 +58,11 @@ class Dispatcher:
 
     # -- the connection's end: connection.Inbox -----------------------------------------------------------------------
 
-    def deliver(self, messages: list[Message[Any]], *, copies: bool) -> None:
+    def deliver(self, messages: list[Message[Any]], *, copies: bool, plain: bool) -> None:
         """Queue each message with every subscription that it matches.
 
-        With ``copies`` each message comes once for each registration that it matches, unmarked.
+        With ``copies`` each message comes once for each registration that it matches, unmarked. ``plain`` ones have
+        neither properties nor RETAIN.
         """
         if self.retired:
             self._counters.dropped += len(messages)
@@ -77,14 +78,15 @@ class Dispatcher:
             targets = cache.get(message.topic)
             if targets is None:
                 targets = self._find_targets(message.topic)
-            identifiers = message._properties.subscription_identifiers  # pyright: ignore[reportPrivateUsage]
-            if identifiers:
-                targets = tuple(
-                    target for target in targets if target[0].identifier is None or target[0].identifier in identifiers
-                )
+            if not plain:
+                identifiers = message._properties.subscription_identifiers  # pyright: ignore[reportPrivateUsage]
+                if identifiers:
+                    targets = tuple(
+                        one for one in targets if one[0].identifier is None or one[0].identifier in identifiers
+                    )
             if copies and len(targets) > 1 and not message.retain:
                 targets = self._deal(message, targets)
-            if len(targets) == 1 and not message.retain:
+            if len(targets) == 1 and (plain or not message.retain):
                 subscription = targets[0][1]
                 if subscription is not owner:
                     self._put_row(owner, row)

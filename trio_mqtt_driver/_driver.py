@@ -225,7 +225,7 @@ class MQTTDriver:
         expired, overdue, dropped, …: see there), ``OutboxFileError``, ``NotConnectedError`` (``offline="fail"``
         only) and ``DriverClosedError``.
         """
-        if retain is False and priority == 0 and offline is None and not isinstance(qos, bool):
+        if retain is False and priority == 0 and offline is None and qos is not True and qos is not False:
             result = await self._publisher.express(topic, payload, qos, properties)
             if result is not None:
                 return result
@@ -249,14 +249,13 @@ class MQTTDriver:
         ``OutboxFullError``, ``ServerLimitError``, ``NotConnectedError`` (``offline="fail"``) and
         ``DriverClosedError``.
         """
-        live = self._supervisor.live
-        if live is not None and retain is False and priority == 0 and offline is None and not isinstance(qos, bool):
-            express = live.sender.express
+        if retain is False and priority == 0 and offline is None and qos is not True and qos is not False:
+            live = self._supervisor.live
             receipt: Receipt | None = None
-            if qos == 1:
-                receipt = express.publish_1(topic, payload, properties)
-            elif qos == 0:
-                receipt = express.publish_0(topic, payload, properties)
+            if live is not None and qos == 1:
+                receipt = live.sender.express.publish_1(topic, payload, properties)
+            elif live is not None and qos == 0:
+                receipt = live.sender.express.publish_0(topic, payload, properties)
             if receipt is not None:
                 return receipt
         policy = self.config.offline if offline is None else offline_policy(offline)

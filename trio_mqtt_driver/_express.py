@@ -16,6 +16,7 @@ payload, or the Packet Identifier.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,11 @@ from ._writer import Writer
 
 _CACHED_TOPICS = 4096
 _CACHED_LENGTH = 256
+_new = Plain.__new__
+_QOS_0 = [b"0%c" % length for length in range(128)]
+_QOS_1 = [b"2%c" % length for length in range(128)]
+"""The beginning of a packet, by its length."""
+_ID, _ID_NO_PROPERTIES = struct.Struct(">H"), struct.Struct(">Hx")
 _LONGEST = 16383
 """A packet whose length needs more than two bytes costs more to copy than to call for."""
 
@@ -49,6 +55,10 @@ class ExpressLane:
         self._outbox = outbox
         self._counters = counters
         self._block = b"\0" if version == 5 else b""
+        self._tail = (_ID_NO_PROPERTIES if version == 5 else _ID).pack
+        """What stands between head and payload with QoS 1, if there are no properties."""
+        self._fixed = 2 + len(self._block)
+        """Its length."""
         self._overhead = OVERHEAD - 3 - len(self._block)
         """What a message counts for, beyond the length of its packet: see ``Outgoing.size``."""
         self._write_buffer = -1
@@ -99,11 +109,11 @@ class ExpressLane:
         if length > self._longest:
             return None
         if length < 128:
-            packet = b"0%c%b%b" % (length, whole, payload)
+            writer.buffer += _QOS_0[length], whole, payload
+            writer.written += length + 2
         else:
-            packet = b"0%c%c%b%b" % (length & 127 | 128, length >> 7, whole, payload)
-        writer.buffer.append(packet)
-        writer.written += len(packet)
+            writer.buffer += b"0%c%c" % (length & 127 | 128, length >> 7), whole, payload
+            writer.written += length + 3
         self._counters.messages_out += 1
         if writer.idle:
             writer.hurry()
@@ -118,20 +128,30 @@ class ExpressLane:
             raw_topic, head, _ = self._heads[topic]
         except (KeyError, TypeError):
             raw_topic, head, _ = self._learn(topic)
-        block = self._block
+        block = b""
+        length = len(head) + self._fixed + len(payload)
         if properties:
             found = self._blocks.find(properties)
-            if found is None or not block:
+            if found is None or not self._block:
                 return None
             block = found
-        length = len(head) + 2 + len(block) + len(payload)
+            length += len(block) - 1
         if length > self._longest_1:
             return None
-        outgoing = Plain(topic, raw_topic, payload, self._now(), self._policy, self.turns, length + self._overhead)
-        if properties:
-            outgoing.properties = block
+        outgoing = _new(Plain)
+        outgoing.topic = topic
+        outgoing.raw_topic = raw_topic
+        outgoing.payload = payload
+        outgoing.qos = 1
+        outgoing.accepted_at = self._now()
+        outgoing.offline = self._policy
+        outgoing.turns = self.turns
+        outgoing.size = size = length + self._overhead
+        outgoing.properties = block or b"\0"
+        outgoing.queued = outgoing.done = False
+        outgoing.outcome = outgoing.waiter = None
         window, outbox = self._window, self._outbox
-        sent, ids, bytes_after = window._sent, window._ids, outbox.accepted_bytes + outgoing.size
+        sent, ids, bytes_after = window._sent, window._ids, outbox.accepted_bytes + size
         if window._unsent or window.alone is not None or len(sent) + len(window._released) >= window.size:
             return self._queue(outgoing)
         if outbox._waiting or outbox.accepted >= outbox._max_messages or bytes_after > outbox._max_bytes:
@@ -142,19 +162,19 @@ class ExpressLane:
         if outbox._store is not None:
             outbox._store.add(outgoing)
         packet_id = ids.last + 1  # as OutgoingWindow.add
-        if packet_id > 65535 or packet_id in sent or packet_id in ids.used or window._released:
+        if packet_id > 65535 or packet_id in sent or ids.used or window._released:
             packet_id = ids.next_free()
         else:
             ids.last = packet_id
         sent[packet_id] = outgoing
         window._count = outgoing.order = window._count + 1
-        if length < 128:  # as send
-            packet = b"2%c%b%c%c%b%b" % (length, head, packet_id >> 8, packet_id & 255, block, payload)
+        tail = self._tail(packet_id) if not block else _ID.pack(packet_id) + block  # as send
+        if length < 128:
+            writer.buffer += _QOS_1[length], head, tail, payload
+            writer.written = outgoing.wire_end = writer.written + length + 2
         else:
-            size = length & 127 | 128, length >> 7
-            packet = b"2%c%c%b%c%c%b%b" % (*size, head, packet_id >> 8, packet_id & 255, block, payload)
-        writer.buffer.append(packet)
-        writer.written = outgoing.wire_end = writer.written + len(packet)
+            writer.buffer += b"2%c%c" % (length & 127 | 128, length >> 7), head, tail, payload
+            writer.written = outgoing.wire_end = writer.written + length + 3
         outgoing.attempts = 1
         self._counters.messages_out += 1
         if writer.idle:
@@ -162,6 +182,8 @@ class ExpressLane:
         return outgoing
 
     def _queue(self, outgoing: Plain) -> Plain | None:
+        outgoing.attempts = outgoing.order = 0
+        outgoing.wire_end = math.inf
         if (
             self._policy is OfflinePolicy.LATEST
             or self._window.alone is not None  # it may have been given up, and then nothing comes that refills
@@ -174,17 +196,15 @@ class ExpressLane:
         """Send a message that has waited in the outbox, on this link or an older one."""
         topic, payload = outgoing.topic, outgoing.payload
         _, head, _ = self._heads.get(topic) or self._learn(topic)
-        block = outgoing.properties if self._block else b""
-        packet_id = self._window.add(outgoing)
-        length = len(head) + 2 + len(block) + len(payload)
-        if length < 128:
-            packet = b"2%c%b%c%c%b%b" % (length, head, packet_id >> 8, packet_id & 255, block, payload)
-        else:
-            size = length & 127 | 128, length >> 7
-            packet = b"2%c%c%b%c%c%b%b" % (*size, head, packet_id >> 8, packet_id & 255, block, payload)
+        tail = _ID.pack(self._window.add(outgoing)) + (outgoing.properties if self._block else b"")
+        length = len(head) + len(tail) + len(payload)
         writer = self._writer
-        writer.buffer.append(packet)
-        writer.written = outgoing.wire_end = writer.written + len(packet)
+        if length < 128:
+            writer.buffer += _QOS_1[length], head, tail, payload
+            writer.written = outgoing.wire_end = writer.written + length + 2
+        else:
+            writer.buffer += b"2%c%c" % (length & 127 | 128, length >> 7), head, tail, payload
+            writer.written = outgoing.wire_end = writer.written + length + 3
         outgoing.attempts += 1
         self._counters.messages_out += 1
         if writer.idle:

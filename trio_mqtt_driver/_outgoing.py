@@ -54,42 +54,68 @@ class Sent(Receipt):
         return self.result
 
 
-class Outgoing(Receipt):
-    """One message on its way out, from acceptance to its outcome."""
-
-    # What stays as it is for most messages is kept in the class: one is made per publish.
+class _Usual(Receipt):
+    """What stays as it is for most messages, which is kept here and not in each of them: one is made per publish."""
 
     retain = False
-    properties = b"\0"
-    """The MQTT 5 property block, without Message Expiry."""
     expiry: int | None = None
     """Message Expiry in seconds, counted from ``accepted_at``."""
     priority = 0
     row = 0
     """Its number in the outbox file; 0 if it is in none."""
-    attempts = 0
-    """On how many connections it was sent."""
-    wire_end = math.inf
-    """Where its last packet ends among the bytes of the present connection; infinite if it is in none of them."""
-    order = 0
-    """Among the messages of QoS 1 and 2 of its session."""
-    queued = False
-    """Whether it is in the outbox and not on a connection."""
     parked = False
     """Whether the link was lost, so that whoever does not want to wait for the next one need not."""
     blamed = 0
     """On how many connections in a row it was the next to be acknowledged when the broker ended them."""
     suspected = False
     """Whether it must be sent alone, since connections have ended over it or one that was sent with it."""
-    done = False
     error: Exception | None = None
-    outcome: PublishResult | tuple[ReasonCode, int, float] | None = None
+
+
+class Outgoing(_Usual):
+    """One message on its way out, from acceptance to its outcome."""
+
+    # What each one has is in slots: instances whose attributes come after many others were made, as those of an
+    # outcome do, get a dict of their own, which costs more than all the rest of settling a message.
+    __slots__ = (
+        "accepted_at",
+        "attempts",
+        "done",
+        "offline",
+        "on_settled",
+        "order",
+        "outcome",
+        "payload",
+        "properties",
+        "qos",
+        "queued",
+        "raw_topic",
+        "size",
+        "topic",
+        "turns",
+        "waiter",
+        "wire_end",
+    )
+
+    properties: bytes
+    """The MQTT 5 property block, without Message Expiry."""
+    queued: bool
+    """Whether it is in the outbox and not on a connection."""
+    attempts: int
+    """On how many connections it was sent."""
+    wire_end: float
+    """Where its last packet ends among the bytes of the present connection; infinite if it is in none of them."""
+    order: int
+    """Among the messages of QoS 1 and 2 of its session."""
+    outcome: PublishResult | tuple[ReasonCode, int, float] | None
     """What there is if it is ``done`` without ``error``; see ``result``."""
-    on_settled: Callable[[Outgoing], None] | None = None
-    turns: Turns | None = None
+    on_settled: Callable[[Outgoing], None] | None
+    turns: Turns | None
     """Of the publisher."""
-    waiter: trio.Event | None = None
+    waiter: trio.Event | None
     """Set at the next change, if somebody waits for one."""
+    size: int
+    """Bytes that it counts for in the outbox."""
 
     def __init__(
         self,
@@ -119,7 +145,10 @@ class Outgoing(Receipt):
         self.row = row
         self.attempts = attempts
         self.size = len(raw_topic) + len(payload) + len(properties) + OVERHEAD
-        """Bytes that it counts for in the outbox."""
+        self.wire_end = math.inf
+        self.order = 0
+        self.queued = self.done = False
+        self.outcome = self.on_settled = self.turns = self.waiter = None
 
     def __repr__(self) -> str:
         state = "waiting" if not self.done else "failed" if self.error is not None else "acknowledged"
@@ -232,27 +261,12 @@ class Outgoing(Receipt):
 
 
 class Plain(Outgoing):
-    """One of QoS 1 that has a topic, a payload and perhaps properties, and else what the class has."""
+    """One of QoS 1 that has a topic, a payload and perhaps properties, and is else as usual.
 
-    qos = 1
+    ``ExpressLane`` makes it without ``__init__``: that call would cost as much as the packet.
+    """
 
-    def __init__(
-        self,
-        topic: str,
-        raw_topic: bytes,
-        payload: bytes,
-        accepted_at: float,
-        offline: OfflinePolicy,
-        turns: Turns,
-        size: int,
-    ) -> None:
-        self.topic = topic
-        self.raw_topic = raw_topic
-        self.payload = payload
-        self.accepted_at = accepted_at
-        self.offline = offline
-        self.turns = turns
-        self.size = size
+    __slots__ = ()
 
 
 @attrs.frozen(kw_only=True)

@@ -9,6 +9,9 @@ by ``stop``, never by the end of the data); quadratic work on a packet that tric
 the length that its header names is there); memory that a peer decides on (the length is checked before it is awaited).
 """
 
+# A message's fields are set here one by one.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import re
@@ -17,7 +20,7 @@ from typing import Any
 
 from ._errors import ProtocolError
 from ._properties import PropertyBlock, decode_reason_string, decode_text, encode_varint, read_publish_properties
-from ._types import NO_PROPERTIES, Acknowledger, Message, PlainMessage, PublishProperties
+from ._types import NO_PROPERTIES, Acknowledger, Message, PlainQoS0Message, PlainQoS1Message, PublishProperties
 
 CONNACK = 0x20
 PUBACK = 0x40
@@ -211,6 +214,7 @@ class PacketReader:
         source = self._source
         highest = 0
         short_header, long_header = _SHORT_HEADER, _LONG_HEADER
+        new_0, new_1 = PlainQoS0Message.__new__, PlainQoS1Message.__new__
         first: int
         length: int
         high: int
@@ -247,10 +251,20 @@ class PacketReader:
                 pos += 1
             elif pos > stop:
                 break
-            message = PlainMessage(topic, data[pos:stop], generation, source)
+            message: Message[Any]
             if packet_id:
-                message.qos = highest = 1
+                message = new_1(PlainQoS1Message)
+                message.qos = message._open = highest = 1
                 message.packet_id = packet_id
+                message._original = message._reader = None
+            else:
+                message = new_0(PlainQoS0Message)
+                message.qos = 0
+            message.topic = topic
+            message.payload = data[pos:stop]
+            message.generation = generation
+            message._source = source
+            message.value = None
             append(message)
             start = stop
         if highest and self.plain_qos == 0:

@@ -234,35 +234,53 @@ _REFUSALS = (
 """What PUBACK and PUBREC may say [MQTT-3.4.2.1], [MQTT-3.5.2.1]."""
 
 
-# One is made per incoming packet, and what is stored in it is what it costs: so what stays as it is for most messages
-# is kept in the class, and there are no slots, beside which that is not possible.
-class Message(Generic[T]):
+class _UsualMessage(Generic[T]):
+    """What stays as it is for most messages, which is kept here and not in each of them: one is made per packet."""
+
+    retain: bool = False
+    dup: bool = False
+    replayed: bool = False
+    _properties: PublishProperties | UndecodedProperties = NO_PROPERTIES
+    _overtaken: bool = False
+    """Whether it has lost its place in the order of acknowledgements; of copies, the original knows."""
+    _code: int = 0
+    """With which it is acknowledged; of copies, the original knows."""
+
+
+class Message(_UsualMessage[T]):
     """An application message as a handler or an iterator gets it.
 
     ``value`` is the payload as the subscription's message class; ``replayed`` tells a retained message that came
     again because the subscription was replayed after a reconnect.
     """
 
+    # What each one has is in slots: instances whose attributes come after many others were made get a dict of their
+    # own, which costs more than all the rest of handing a message over.
+    __slots__ = (
+        "_open",
+        "_original",
+        "_reader",
+        "_source",
+        "generation",
+        "packet_id",
+        "payload",
+        "qos",
+        "topic",
+        "value",
+    )
+
     topic: str
     payload: bytes
-    qos: int = 0
-    retain: bool = False
-    dup: bool = False
-    packet_id: int = 0
-    generation: int = 0
-    replayed: bool = False
-    value: T = None  # type: ignore[assignment]  # set before user code sees the message
-    _properties: PublishProperties | UndecodedProperties = NO_PROPERTIES
-    _source: Acknowledger | None = None
-    _original: Message[T] | None = None
+    qos: int
+    packet_id: int
+    generation: int
+    value: T  # set before user code sees the message
+    _source: Acknowledger | None
+    _original: Message[T] | None
     """The one that this is a copy of, for one of several subscriptions."""
-    _open: int = 1
+    _open: int
     """How many subscriptions are not done with it; of a copy, whether its own is not."""
-    _overtaken: bool = False
-    """Whether it has lost its place in the order of acknowledgements; of copies, the original knows."""
-    _code: int = 0
-    """With which it is acknowledged; of copies, the original knows."""
-    _reader: Reader | None = None
+    _reader: Reader | None
 
     def __init__(
         self,
@@ -285,6 +303,8 @@ class Message(Generic[T]):
         self.generation = generation
         self._properties = properties
         self._source = source
+        self._open = 1
+        self.value = self._original = self._reader = None  # type: ignore[assignment]  # value: see above
 
     @property
     def properties(self) -> PublishProperties:
@@ -389,14 +409,23 @@ class Message(Generic[T]):
         return f"<Message {self.topic!r} {payload!r} qos={self.qos}{retained}>"
 
 
-class PlainMessage(Message[Any]):
-    """One that has a topic and a payload, and else what the class has."""
+class PlainQoS1Message(Message[Any]):
+    """One of QoS 1 that has a topic and a payload, and is else as usual.
 
-    def __init__(self, topic: str, payload: bytes, generation: int, source: Acknowledger | None) -> None:
-        self.topic = topic
-        self.payload = payload
-        self.generation = generation
-        self._source = source
+    ``PacketReader`` makes it without ``__init__``, and the next one: that call would cost a quarter of the reading.
+    """
+
+    __slots__ = ()
+
+
+class PlainQoS0Message(Message[Any]):
+    """The same of QoS 0: of what is for acknowledgements, the class has what there is to know."""
+
+    __slots__ = ()
+
+    packet_id = 0
+    _open = 1
+    _original = _reader = None
 
 
 # Without slots, and not kw_only: one is made per receipt that is waited for, and this halves what it costs.
