@@ -272,8 +272,11 @@ class Message(_UsualMessage[T]):
     topic: str
     payload: bytes
     qos: int
+    retain: bool
+    dup: bool
     packet_id: int
     generation: int
+    replayed: bool
     value: T  # set before user code sees the message
     _source: Acknowledger | None
     _original: Message[T] | None
