@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Awaitable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -25,8 +28,12 @@ from trio_mqtt_driver import (
     Receipt,
 )
 from trio_mqtt_driver._arguments import make_outgoing
+from trio_mqtt_driver._express import ExpressLane
 from trio_mqtt_driver._properties import PropertyBlocks
+from trio_mqtt_driver._publisher import Publisher
 from trio_mqtt_driver.testing import Direction, Kind, MemoryBroker
+
+# pyright: reportPrivateUsage=false
 
 settled = trio.testing.wait_all_tasks_blocked
 
@@ -55,7 +62,7 @@ class Recorder(trio.abc.Stream):
 
 
 def lane_of(driver: MQTTDriver) -> Any:
-    live = driver._supervisor.live  # pyright: ignore[reportPrivateUsage]
+    live = driver._supervisor.live
     assert live is not None
     return live.sender.express
 
@@ -111,9 +118,9 @@ async def run_calls(
             seen = {name: counters[name] for name in ("messages_out", "bytes_out", "outbox_refused", "refused")}
             written = bytes(streams[0].written[before:])
             assert driver.undelivered == ()
-            live = driver._supervisor.live  # pyright: ignore[reportPrivateUsage]
+            live = driver._supervisor.live
             assert live is not None
-            assert live._writer.waiting == 0  # pyright: ignore[reportPrivateUsage]  # else it has miscounted
+            assert live._writer.waiting == 0  # else it has miscounted
         nursery.cancel_scope.cancel()
     assert not peer.violations
     return outcomes, written, seen
@@ -129,6 +136,67 @@ async def test_packets_of_every_length_are_the_same_and_counted(qos: int, size: 
         for express in (True, False)
     ]
     assert one == other
+
+
+WAYS: dict[str, tuple[Any, Call]] = {
+    "QoS 0": (ExpressLane.publish_0, {"qos": 0}),
+    "QoS 1": (ExpressLane.publish_1, {"qos": 1}),
+    "QoS 1, queued": (ExpressLane.publish_1, {"qos": 1, "content_type": "a"}),
+    "QoS 2": (Publisher._send_at_once, {"qos": 2}),
+    "QoS 2, queued": (Publisher._queue, {"qos": 2}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ctrl_c_does_not_tear_a_publish(way: str) -> None:
+    """Wherever it lands, the message is handed over as a whole or not at all, and it is raised thereafter."""
+    function, options = WAYS[way]
+    lines = 0
+    while True:
+        landed = trio.run(interrupted_publish, function, options, lines, way.endswith("queued"))
+        if not landed:
+            break
+        lines += 1
+    assert lines > 3
+
+
+async def interrupted_publish(function: Any, options: Call, lines: int, full: bool) -> bool:
+    """Publish, with a signal after so many ``lines`` of ``function``; False if it does not have so many."""
+    left = lines
+    landed = False
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal left, landed
+        if frame.f_code is not function.__code__:
+            return None
+        if event == "line" and not landed:
+            left -= 1
+            if left < 0:
+                landed = True
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    async with trio.open_nursery() as nursery:
+        broker = MemoryBroker(nursery)
+        async with MQTTDriver(memory_config(broker, in_flight=1)) as driver:
+            await settled()
+            before = [driver.publish_nowait("b", qos=2)] if full else []
+            tracing = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                receipt = driver.publish_nowait("a", b"x", **options)
+            finally:
+                sys.settrace(tracing)
+            if landed:
+                with pytest.raises(KeyboardInterrupt):
+                    await trio.lowlevel.checkpoint()
+            for one in (*before, receipt):
+                assert (await one.wait()).attempts == 1
+            status = driver.status()
+            assert (status.queued, status.in_flight) == (0, 0)
+            assert driver._outbox.accepted == driver._outbox.accepted_bytes == 0
+        nursery.cancel_scope.cancel()
+    return landed
 
 
 class Odd:

@@ -6,6 +6,9 @@ something that they do not have. So here is all of it in one function, and its c
 or only perhaps, it returns None and has done nothing. Then ``Publisher`` has it, which defines what a publish does and
 what it refuses; here is nothing that it would do in another way.
 
+Hazard: a message that is counted, or in the window, and is not sent would be there for as long as the connection; so
+Ctrl-C waits for the end of the function.
+
 A topic is checked and encoded once per connection: its *head* is what stands between the packet's length and the
 payload, or the Packet Identifier.
 """
@@ -87,6 +90,7 @@ class ExpressLane:
         """Nothing must be sent any more."""
         self._write_buffer = -1
 
+    @trio.lowlevel.enable_ki_protection
     def publish_0(self, topic: str, payload: object, properties: Mapping[str, Any]) -> Sent | None:
         """Send a message of QoS 0. None if it is not for here, or not now. Raises ``ValueError`` or ``TypeError``."""
         writer = self._writer
@@ -108,17 +112,15 @@ class ExpressLane:
         length = len(whole) + len(payload)
         if length > self._longest:
             return None
-        if length < 128:
-            writer.buffer += _QOS_0[length], whole, payload
-            writer.written += length + 2
-        else:
-            writer.buffer += b"0%c%c" % (length & 127 | 128, length >> 7), whole, payload
-            writer.written += length + 3
+        start = _QOS_0[length] if length < 128 else b"0%c%c" % (length & 127 | 128, length >> 7)
+        writer.buffer += start, whole, payload
+        writer.written += length + len(start)
         self._counters.messages_out += 1
         if writer.idle:
             writer.hurry()
         return self.sent
 
+    @trio.lowlevel.enable_ki_protection
     def publish_1(self, topic: str, payload: object, properties: Mapping[str, Any]) -> Plain | None:
         """Send a message of QoS 1, or queue it if the window is full; the rest as with ``publish_0``."""
         writer = self._writer
@@ -150,6 +152,7 @@ class ExpressLane:
         outgoing.properties = block or b"\0"
         outgoing.queued = outgoing.done = False
         outgoing.outcome = outgoing.waiter = None
+        outgoing.attempts = 1
         window, outbox = self._window, self._outbox
         sent, ids, bytes_after = window._sent, window._ids, outbox.accepted_bytes + size
         if window._unsent or window.alone is not None or len(sent) + len(window._released) >= window.size:
@@ -166,16 +169,12 @@ class ExpressLane:
             packet_id = ids.next_free()
         else:
             ids.last = packet_id
+        outgoing.order = window._count = window._count + 1
+        outgoing.wire_end = end = writer.written + length + (2 if length < 128 else 3)
         sent[packet_id] = outgoing
-        window._count = outgoing.order = window._count + 1
-        tail = self._tail(packet_id) if not block else _ID.pack(packet_id) + block  # as send
-        if length < 128:
-            writer.buffer += _QOS_1[length], head, tail, payload
-            writer.written = outgoing.wire_end = writer.written + length + 2
-        else:
-            writer.buffer += b"2%c%c" % (length & 127 | 128, length >> 7), head, tail, payload
-            writer.written = outgoing.wire_end = writer.written + length + 3
-        outgoing.attempts = 1
+        start = _QOS_1[length] if length < 128 else b"2%c%c" % (length & 127 | 128, length >> 7)  # as send
+        writer.buffer += start, head, self._tail(packet_id) if not block else _ID.pack(packet_id) + block, payload
+        writer.written = end
         self._counters.messages_out += 1
         if writer.idle:
             writer.hurry()
@@ -199,12 +198,9 @@ class ExpressLane:
         tail = _ID.pack(self._window.add(outgoing)) + (outgoing.properties if self._block else b"")
         length = len(head) + len(tail) + len(payload)
         writer = self._writer
-        if length < 128:
-            writer.buffer += _QOS_1[length], head, tail, payload
-            writer.written = outgoing.wire_end = writer.written + length + 2
-        else:
-            writer.buffer += b"2%c%c" % (length & 127 | 128, length >> 7), head, tail, payload
-            writer.written = outgoing.wire_end = writer.written + length + 3
+        start = _QOS_1[length] if length < 128 else b"2%c%c" % (length & 127 | 128, length >> 7)
+        writer.buffer += start, head, tail, payload
+        writer.written = outgoing.wire_end = writer.written + length + len(start)
         outgoing.attempts += 1
         self._counters.messages_out += 1
         if writer.idle:

@@ -158,6 +158,9 @@ class Publisher:
         if outgoing.offline is OfflinePolicy.FAIL and self._supervisor.state is not State.LIVE:
             raise outgoing.not_connected("the link is down", self._supervisor.diagnosis())
 
+    # Ctrl-C must not get in between what is counted and what is sent.
+
+    @trio.lowlevel.enable_ki_protection
     def _queue(self, outgoing: Outgoing) -> None:
         live = self._supervisor.live
         self._outbox.accept(outgoing, live=live is not None)
@@ -166,6 +169,7 @@ class Publisher:
         else:
             outgoing.parked = True
 
+    @trio.lowlevel.enable_ki_protection
     def _send_at_once(self, outgoing: Outgoing) -> bool:
         """Past the outbox, if the link is up and nothing waits there that this must not overtake."""
         supervisor = self._supervisor
