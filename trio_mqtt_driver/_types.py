@@ -237,10 +237,7 @@ _REFUSALS = (
 class _UsualMessage(Generic[T]):
     """What stays as it is for most messages, which is kept here and not in each of them: one is made per packet."""
 
-    retain: bool = False
-    dup: bool = False
     replayed: bool = False
-    _properties: PublishProperties | UndecodedProperties = NO_PROPERTIES
     _overtaken: bool = False
     """Whether it has lost its place in the order of acknowledgements; of copies, the original knows."""
     _code: int = 0
@@ -259,12 +256,15 @@ class Message(_UsualMessage[T]):
     __slots__ = (
         "_open",
         "_original",
+        "_properties",
         "_reader",
         "_source",
+        "dup",
         "generation",
         "packet_id",
         "payload",
         "qos",
+        "retain",
         "topic",
         "value",
     )
@@ -278,6 +278,7 @@ class Message(_UsualMessage[T]):
     generation: int
     replayed: bool
     value: T  # set before user code sees the message
+    _properties: PublishProperties | UndecodedProperties
     _source: Acknowledger | None
     _original: Message[T] | None
     """The one that this is a copy of, for one of several subscriptions."""
@@ -420,13 +421,18 @@ class PlainQoS1Message(Message[Any]):
 
     __slots__ = ()
 
+    retain = dup = False
+    _properties = NO_PROPERTIES
+
 
 class PlainQoS0Message(Message[Any]):
     """The same of QoS 0: of what is for acknowledgements, the class has what there is to know."""
 
     __slots__ = ()
 
+    retain = dup = False
     packet_id = 0
+    _properties = NO_PROPERTIES
     _open = 1
     _original = _reader = None
 

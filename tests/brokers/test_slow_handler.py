@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import trio
 
@@ -11,6 +13,8 @@ from trio_mqtt_driver import Message, MQTTDriver
 pytestmark = pytest.mark.broker
 
 RECEIVE_MAXIMUM = 20
+CALM: dict[str, Any] = {"keep_alive": 60, "ping_timeout": 20, "ack_timeout": 20, "probe_timeout": 20}
+"""A link must not be lost over a busy machine: with a fresh client ID what was under way would be sent twice."""
 MESSAGES = 150
 
 
@@ -45,8 +49,8 @@ async def test_a_slow_handler_costs_neither_the_link_nor_a_message(ground: Groun
     slow = SlowHandler()
     with trio.fail_after(60):
         async with (
-            MQTTDriver(ground.config(receive_maximum=RECEIVE_MAXIMUM)) as driver,
-            MQTTDriver(ground.config(client_id="witness")) as witness,
+            MQTTDriver(ground.config(receive_maximum=RECEIVE_MAXIMUM, **CALM)) as driver,
+            MQTTDriver(ground.config(client_id="witness", **CALM)) as witness,
         ):
             await driver.subscribe("in", slow.handle, qos=qos)
             await publish_all(witness, qos)
@@ -62,8 +66,8 @@ async def test_a_session_with_too_much_in_flight_is_taken_up(ground: Ground, qos
     slow = SlowHandler()
     with trio.fail_after(60):
         async with (
-            MQTTDriver(ground.config(receive_maximum=RECEIVE_MAXIMUM, stable_id=True)) as driver,
-            MQTTDriver(ground.config(client_id="witness")) as witness,
+            MQTTDriver(ground.config(receive_maximum=RECEIVE_MAXIMUM, stable_id=True, **CALM)) as driver,
+            MQTTDriver(ground.config(client_id="witness", **CALM)) as witness,
         ):
             await driver.subscribe("in", slow.handle, qos=qos)
             await publish_all(witness, qos)
