@@ -308,7 +308,7 @@ class Message(_UsualMessage[T]):
         self._properties = properties
         self._source = source
         self._open = 1
-        self.value = self._original = self._reader = None  # type: ignore[assignment]  # value: see above
+        self.value = self._original = self._reader = None  # type: ignore[assignment]  # value comes later
 
     @property
     def properties(self) -> PublishProperties:
