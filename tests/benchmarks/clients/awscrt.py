@@ -48,7 +48,7 @@ def _subscribe(client: Any, filters: list[str], qos: int) -> Any:
 
 def receive(job: Job, gauge: Gauge) -> None:
     counter = Counter(job.expected)
-    client = _connect(job, counter)
+    client = _connect(job, counter.count)
     _subscribe(client, job.topic_filters(), job.qos).result(PATIENCE)
     gauge.start()
     counter.reached.wait()
@@ -64,7 +64,7 @@ def publish(job: Job, gauge: Gauge) -> None:
         options["content_type"] = CONTENT_TYPE
         options["user_properties"] = [mqtt5.UserProperty(name, value) for name, value in USER_PROPERTIES]
     done = Counter(1)
-    client = _connect(job, done)
+    client = _connect(job, done.count)
     _subscribe(client, [DONE], 0).result(PATIENCE)
     gauge.start()
     for start in range(0, job.count, WINDOW):
@@ -107,7 +107,7 @@ def reconnect(job: Job, gauge: Gauge) -> None:
             for start in range(0, len(filters), 1000):
                 _subscribe(client, filters[start : start + 1000], job.qos)
 
-    client = _connect(job, counter, replay)
+    client = _connect(job, counter.count, replay)
     for start in range(0, len(filters), 1000):
         _subscribe(client, filters[start : start + 1000], job.qos).result(PATIENCE)
     clients.append(client)

@@ -36,10 +36,10 @@ async def receive(job: Job, gauge: Gauge) -> None:
     counter = Counter(job.expected)
 
     async def handle(*_: object) -> int:
-        counter()
+        counter.count()
         return 0  # the reason code of the PUBACK
 
-    client = await _connect(job, handle if job.api == "coroutine" else counter)
+    client = await _connect(job, handle if job.api == "coroutine" else counter.count)
     await _subscribe(client, job.topic_filters(), job.qos)
     gauge.start()
     await counter.reached.wait()
@@ -48,7 +48,7 @@ async def receive(job: Job, gauge: Gauge) -> None:
 
 async def publish(job: Job, gauge: Gauge) -> None:
     done = Counter(1)
-    client = await _connect(job, done)
+    client = await _connect(job, done.count)
     await _subscribe(client, [DONE], 0)
     topics, content = job.topic_names(), job.content
     several = len(topics)
@@ -88,7 +88,7 @@ async def round_trip(job: Job, gauge: Gauge) -> None:
 async def reconnect(job: Job, gauge: Gauge) -> None:
     """It reconnects by itself; its subscriptions are replayed by hand, as its README shows."""
     counter = Counter(1)
-    client = await _connect(job, counter)
+    client = await _connect(job, counter.count)
     client.set_config({"reconnect_delay": 0, "reconnect_retries": -1})
     await _subscribe(client, job.topic_filters(), job.qos)
 
@@ -102,14 +102,14 @@ async def reconnect(job: Job, gauge: Gauge) -> None:
 
 
 async def subscriptions(job: Job, gauge: Gauge) -> None:
-    client = await _connect(job, Counter(1))
+    client = await _connect(job, Counter(1).count)
     gauge.memory()
     await _subscribe(client, job.topic_filters(), job.qos)
     gauge.memory()
 
 
 async def drivers(job: Job, gauge: Gauge) -> None:
-    clients = [await _connect(job, Counter(1))]
+    clients = [await _connect(job, Counter(1).count)]
     gauge.memory()
-    clients += [await _connect(job, Counter(1), f"gmqtt{number}") for number in range(job.count)]
+    clients += [await _connect(job, Counter(1).count, f"gmqtt{number}") for number in range(job.count)]
     gauge.memory()

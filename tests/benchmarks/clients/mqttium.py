@@ -36,7 +36,7 @@ def _client(job: Job, callback: Any = None, client_id: str = "mqttium", **option
 async def receive(job: Job, gauge: Gauge) -> None:
     if job.api == "handler":
         counter = Counter(job.expected)
-        client = _client(job, counter)
+        client = _client(job, counter.count)
         await client.connect(HOST, job.port)
         await client.subscribe(job.topic_filters(), qos=job.qos)
         gauge.start()
@@ -64,7 +64,7 @@ async def publish(job: Job, gauge: Gauge) -> None:
     if job.properties:
         options["properties"] = api.Properties({"content_type": CONTENT_TYPE, "user_property": list(USER_PROPERTIES)})
     done = Counter(1)
-    client = _client(job, done)
+    client = _client(job, done.count)
     await client.connect(HOST, job.port)
     await client.subscribe(DONE)
     gauge.start()
@@ -107,7 +107,7 @@ async def round_trip(job: Job, gauge: Gauge) -> None:
 async def reconnect(job: Job, gauge: Gauge) -> None:
     """It reconnects by itself; its subscriptions are replayed by hand, in its hook."""
     counter = Counter(1)
-    client = _client(job, counter, reconnect=api.ReconnectPolicy(initial_delay=0, max_delay=0, stable_after=0))
+    client = _client(job, counter.count, reconnect=api.ReconnectPolicy(initial_delay=0, max_delay=0, stable_after=0))
     await client.connect(HOST, job.port)
     await client.subscribe(job.topic_filters(), qos=job.qos)
 
@@ -122,7 +122,7 @@ async def reconnect(job: Job, gauge: Gauge) -> None:
 
 
 async def subscriptions(job: Job, gauge: Gauge) -> None:
-    client = _client(job, Counter(1))
+    client = _client(job, Counter(1).count)
     await client.connect(HOST, job.port)
     gauge.memory()
     await client.subscribe(job.topic_filters(), qos=job.qos)
@@ -133,7 +133,7 @@ async def subscriptions(job: Job, gauge: Gauge) -> None:
 async def drivers(job: Job, gauge: Gauge) -> None:
     clients: list[Any] = []
     for number in range(job.count + 1):
-        clients.append(_client(job, Counter(1), f"mqttium{number}"))
+        clients.append(_client(job, Counter(1).count, f"mqttium{number}"))
         await clients[-1].connect(HOST, job.port)
         if not number:
             gauge.memory()

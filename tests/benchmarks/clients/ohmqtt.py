@@ -37,7 +37,7 @@ def _subscribe(client: Any, filters: list[str], callback: Any, qos: int) -> None
 def receive(job: Job, gauge: Gauge) -> None:
     counter = Counter(job.expected)
     client = _connect(job)
-    _subscribe(client, job.topic_filters(), counter, job.qos)
+    _subscribe(client, job.topic_filters(), counter.count, job.qos)
     gauge.start()
     counter.reached.wait()
     gauge.stop()
@@ -54,7 +54,7 @@ def publish(job: Job, gauge: Gauge) -> None:
         )
     done = Counter(1)
     client = _connect(job)
-    _subscribe(client, [DONE], done, 0)
+    _subscribe(client, [DONE], done.count, 0)
     gauge.start()
     for start in range(0, job.count, WINDOW):
         handles = [
@@ -89,7 +89,7 @@ def round_trip(job: Job, gauge: Gauge) -> None:
 def reconnect(job: Job, gauge: Gauge) -> None:
     counter = Counter(1)
     client = _connect(job, reconnect_delay=0.001)
-    _subscribe(client, job.topic_filters(), counter, job.qos)
+    _subscribe(client, job.topic_filters(), counter.count, job.qos)
     gauge.start()
     counter.reached.wait()
     gauge.stop()
@@ -99,6 +99,6 @@ def reconnect(job: Job, gauge: Gauge) -> None:
 def subscriptions(job: Job, gauge: Gauge) -> None:
     client = _connect(job)
     gauge.memory()
-    _subscribe(client, job.topic_filters(), Counter(1), job.qos)
+    _subscribe(client, job.topic_filters(), Counter(1).count, job.qos)
     gauge.memory()
     client.shutdown()

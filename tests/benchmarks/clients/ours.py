@@ -41,13 +41,13 @@ def properties(job: Job) -> dict[str, Any]:
 
 
 class Counter:
-    """A handler that counts, and sets ``reached`` at the last message."""
+    """``count`` is a handler; it sets ``reached`` at the last message."""
 
     def __init__(self, expected: int) -> None:
         self.left = expected
         self.reached = trio.Event()
 
-    def __call__(self, _message: Message[bytes]) -> None:
+    def count(self, _message: Message[bytes]) -> None:
         self.left -= 1
         if not self.left:
             self.reached.set()
@@ -71,7 +71,7 @@ async def receive(job: Job, gauge: Gauge) -> None:
     async with MQTTDriver(config(job)) as driver:
         if job.api == "handler":
             counter = Counter(job.expected)
-            await _subscribe_all(driver, job, counter)
+            await _subscribe_all(driver, job, counter.count)
             gauge.start()
             await counter.reached.wait()
         else:
@@ -89,7 +89,7 @@ async def receive(job: Job, gauge: Gauge) -> None:
 async def publish(job: Job, gauge: Gauge) -> None:
     async with MQTTDriver(config(job)) as driver:
         done = Counter(1)
-        await driver.subscribe(DONE, done)
+        await driver.subscribe(DONE, done.count)
         gauge.start()
         if job.api == "nowait":
             await (_publish_and_drain if job.qos else _publish_until_full)(driver, job)
@@ -188,7 +188,7 @@ async def reconnect(job: Job, gauge: Gauge) -> None:
     at_once = BackoffConfig(start=0.001, min_interval=0, stable_after=0)
     async with MQTTDriver(config(job, backoff=at_once)) as driver:
         counter = Counter(1)
-        await _subscribe_all(driver, job, counter)
+        await _subscribe_all(driver, job, counter.count)
         gauge.start()
         await counter.reached.wait()
         gauge.stop()
@@ -197,9 +197,9 @@ async def reconnect(job: Job, gauge: Gauge) -> None:
 async def subscriptions(job: Job, gauge: Gauge) -> None:
     async with MQTTDriver(config(job)) as driver:
         counter = Counter(1)
-        await driver.subscribe("warm/up", counter)
+        await driver.subscribe("warm/up", counter.count)
         gauge.memory()
-        await _subscribe_all(driver, job, counter)
+        await _subscribe_all(driver, job, counter.count)
         gauge.memory()
 
 

@@ -60,7 +60,7 @@ def _connect(job: Job, on_message: Any, filters: list[str]) -> Any:
 
 def receive(job: Job, gauge: Gauge) -> None:
     counter = Counter(job.expected)
-    client = _connect(job, counter, job.topic_filters())
+    client = _connect(job, counter.count, job.topic_filters())
     gauge.start()
     counter.reached.wait()
     gauge.stop()
@@ -71,7 +71,7 @@ def publish(job: Job, gauge: Gauge) -> None:
     topics, content, options = job.topic_names(), job.content, options_of(job)
     several = len(topics)
     done = Counter(1)
-    client = _connect(job, done, [DONE])
+    client = _connect(job, done.count, [DONE])
     gauge.start()
     for start in range(0, job.count, WINDOW):
         infos = [
@@ -103,7 +103,7 @@ def round_trip(job: Job, gauge: Gauge) -> None:
 
 def reconnect(job: Job, gauge: Gauge) -> None:
     counter = Counter(1)
-    client = _connect(job, counter, job.topic_filters())
+    client = _connect(job, counter.count, job.topic_filters())
     gauge.start()
     counter.reached.wait()
     gauge.stop()

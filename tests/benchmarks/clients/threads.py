@@ -17,13 +17,13 @@ def run(work: Callable[[Job, Gauge], None], job: Job, gauge: Gauge) -> None:
 
 
 class Counter:
-    """A callback, whatever its arguments, that sets ``reached`` at the last message."""
+    """``count`` is a callback, whatever its arguments; it sets ``reached`` at the last message."""
 
     def __init__(self, expected: int) -> None:
         self.left = expected
         self.reached = threading.Event()
 
-    def __call__(self, *_: object) -> None:
+    def count(self, *_: object) -> None:
         self.left -= 1
         if not self.left:
             self.reached.set()
