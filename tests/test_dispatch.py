@@ -482,3 +482,28 @@ async def test_subscription_options_reach_the_broker_again_at_the_replay(
         assert [packet.properties for packet in packets] == [
             {"subscription_identifiers": (2000,), "user_properties": (("k", "v"),)}
         ] * 2
+
+
+async def test_what_one_read_brings_for_several_is_dealt_out_in_order(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    """Messages without properties of topics that have come before are put into the queues in rows."""
+    got: dict[str, list[bytes]] = {"a": [], "b": [], "both": []}
+    async with MQTTDriver(memory_config(broker, subscription_identifiers=False)) as driver:
+        await driver.subscribe("a/#", payloads_to(got["a"]))
+        await driver.subscribe("b/#", payloads_to(got["b"]))
+        await driver.subscribe("+/both", payloads_to(got["both"]))
+        for topic in ("a/1", "a/2", "b/1", "b/both"):
+            broker.publish(topic, "first")
+        await settled()
+        for row in ("a/1 a/2", "b/1 a/1 a/2 b/1 b/1", "b/both a/1 b/both", "a/1 b/1 b/both", "a/1 a/new a/1"):
+            for values in got.values():
+                values.clear()
+            expected: dict[str, list[bytes]] = {"a": [], "b": [], "both": []}
+            for number, topic in enumerate(row.split()):
+                broker.publish(topic, str(number))
+                expected[topic[0]].append(b"%d" % number)
+                if topic == "b/both":
+                    expected["both"].append(b"%d" % number)
+            await settled()
+            assert got == expected

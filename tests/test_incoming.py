@@ -313,7 +313,7 @@ def test_the_messages_of_a_connection_that_is_over_do_not_keep_each_other() -> N
 def test_pubacks_of_a_row_are_sent_together_and_in_order() -> None:
     receiving = IncomingWindow(10)
     messages = [incoming(1, number, payload=b"x") for number in range(1, 5)]
-    receiving.publish_row([messages[0], incoming(0), *messages[1:]])
+    receiving.publish_row(messages, 4)
     assert len(receiving) == 4
     for message in messages[:3]:
         message._open = 0
@@ -326,7 +326,7 @@ def test_pubacks_of_a_row_are_sent_together_and_in_order() -> None:
 def test_what_is_collected_out_of_turn_waits_for_it() -> None:
     receiving = IncomingWindow(10, patience=0.5)
     messages = [incoming(1, number) for number in range(1, 4)]
-    receiving.publish_row(messages)
+    receiving.publish_row(messages, 0)
     for message in (messages[2], messages[1]):
         message._open = 0
         receiving.processed.append(message)
@@ -388,3 +388,61 @@ def test_in_rows_the_same_is_sent_in_the_same_order_as_one_by_one(
             sent_single += single.overtake_late(now)
             sent_rows += rows.collect(now) + rows.overtake_late(now)
     assert len(rows) == len(single)
+
+
+def test_collecting_counts_the_bytes_of_what_is_left() -> None:
+    receiving = IncomingWindow(10, maximum_bytes=100)
+    rows = [[incoming(1, 10 * row + number, payload=bytes(40)) for number in range(1, 3)] for row in range(3)]
+
+    def process(messages: list[Message[Any]]) -> None:
+        for message in messages:
+            message._open = 0
+            receiving.processed.append(message)
+        receiving.collect(0.0)
+
+    receiving.publish_row(rows[0], 80)
+    process(rows[0])  # all of it
+    receiving.publish_row(rows[1], 80)
+    assert not receiving.full
+    receiving.publish_row(rows[2], 80)
+    assert receiving.full
+    process(rows[1])  # the first half
+    assert not receiving.full
+    receiving.publish(incoming(2, 50, payload=bytes(40)))
+    assert receiving.full
+    process(rows[2])  # all of QoS 1
+    assert not receiving.full
+    receiving.publish(incoming(2, 51, payload=bytes(61)))
+    assert receiving.full
+
+
+def test_collecting_counts_the_bytes_of_what_has_been_overtaken() -> None:
+    receiving = IncomingWindow(10, maximum_bytes=100, patience=1.0)
+    first, second, third = (incoming(1, number, payload=bytes(60)) for number in range(1, 4))
+    receiving.publish_row([first, second], 120)
+    second._open = 0
+    receiving.processed.append(second)
+    assert receiving.collect(0.0) == b""
+    assert receiving.overtake_late(1.0) == acks(PUBACK, 2)
+    receiving.publish_row([third], 60)
+    assert receiving.full
+    third._open = 0
+    receiving.processed.append(third)
+    assert receiving.collect(2.0) == acks(PUBACK, 3)
+    assert not receiving.full
+    receiving.publish_row([incoming(1, 4, payload=bytes(41))], 41)
+    assert receiving.full  # with the first one
+
+
+def test_collecting_counts_the_bytes_of_what_is_owed_for_qos_2_and_has_been_overtaken() -> None:
+    receiving = IncomingWindow(10, maximum_bytes=100)
+    exact = incoming(2, 1, payload=bytes(60))
+    receiving.publish(exact)
+    receiving.overtake(exact)
+    message = incoming(1, 2, payload=bytes(60))
+    receiving.publish_row([message], 60)
+    message._open = 0
+    receiving.processed.append(message)
+    assert receiving.collect(0.0) == acks(PUBACK, 2)
+    receiving.publish_row([incoming(1, 3, payload=bytes(41))], 41)
+    assert receiving.full

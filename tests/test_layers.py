@@ -33,7 +33,7 @@ LAYERS = (
         " _writer _deadlines _copies _session _sender _receiver _express _attempts _versions _store _outbox_file"
         " _aliases"
     ),
-    names("_dispatch _subscription _arguments _failover _availability _dialer"),
+    names("_dispatch _subscription _queue _arguments _failover _availability _dialer"),
     names("_supervisor"),
     names("_lifespan _publisher _driver"),
     names("_state_view"),

@@ -156,6 +156,27 @@ async def test_block_by_bytes_pauses_reading_and_loses_nothing(
         assert len(gate.got) == 3
 
 
+async def test_block_goes_on_reading_as_soon_as_there_is_room(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    turns, most_turns = trio.open_memory_channel[None](0)
+
+    async def handle(_message: Message[bytes]) -> None:
+        await most_turns.receive()
+
+    async with MQTTDriver(memory_config(broker, subscription_identifiers=False)) as driver:
+        subscription = await driver.subscribe("a", handle, overflow=Overflow.BLOCK, queue_messages=3)
+        for number in range(8):
+            broker.publish("a", str(number))
+            await settled()
+        assert (subscription.statistics().received, subscription.statistics().queued) == (4, 3)
+        await turns.send(None)
+        await settled()
+        assert subscription.statistics().received == 8
+        for _ in range(7):
+            await turns.send(None)
+
+
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 @pytest.mark.parametrize("acknowledge", [Acknowledge.PROCESSED, Acknowledge.MANUAL])
 async def test_unacknowledged_bytes_pause_reading_until_they_are_fewer(
@@ -184,6 +205,22 @@ async def test_unacknowledged_bytes_pause_reading_until_they_are_fewer(
             await settled()
         assert driver.status().unacknowledged == 0
         assert driver.generation == 1
+
+
+async def test_what_is_queued_when_a_subscription_ends_was_not_delivered(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    gate = Gate()
+    async with MQTTDriver(memory_config(broker)) as driver:
+        subscription = await driver.subscribe("a", gate.handle, qos=1)
+        for number in range(3):
+            broker.publish("a", str(number), qos=1)
+        await settled()
+        await driver.unsubscribe(subscription)
+        statistics = subscription.statistics()
+        assert (statistics.received, statistics.delivered, statistics.dropped, statistics.queued) == (3, 1, 0, 0)
+        await gate.open()
+        assert gate.got == [b"0"]
 
 
 # -- a flood ----------------------------------------------------------------------------------------------------------

@@ -114,3 +114,13 @@ async def test_whoever_waits_for_room_gets_what_was_noted(bench: Bench) -> None:
     assert bench.receiver.full
     await bench.receiver.wait_room()
     assert bench.written == encode_ack(PUBACK, 1)
+
+
+async def test_of_a_row_that_is_of_both_kinds_only_qos_1_is_kept_account_of(bench: Bench) -> None:
+    row: list[Message[Any]] = [
+        Message("a", bytes(5), number % 2, packet_id=number % 2 * number) for number in range(5)
+    ]
+    assert bench.receiver.take_row(row, 2, 25)
+    assert len(bench.receiver) == 2
+    assert bench.receiver._window._bytes == 10
+    assert list(bench.receiver._window._line.messages) == [row[1], row[3]]

@@ -13,6 +13,7 @@ from ._dispatch import Dispatcher
 from ._history import Counters
 from ._outgoing import Outgoing
 from ._properties import check_message_expiry, check_utf8, encode_publish_properties
+from ._queue import MessageQueue
 from ._registry import SubscriptionOptions
 from ._subscription import DeadLetterHandler, Handler, Subscription
 from ._topics import check_filter, check_topic, split_share
@@ -152,9 +153,7 @@ def make_subscription(
         handler=handler,
         on_dead_letter=on_dead_letter,
         acknowledge=acknowledge,
-        overflow=overflow,
-        queue_messages=bounds.queue_messages,
-        queue_bytes=bounds.queue_bytes,
+        queue=MessageQueue(overflow, bounds.queue_messages, bounds.queue_bytes, counters),
         counters=counters,
         changed=dispatcher.changed,
         failed=dispatcher.failed,

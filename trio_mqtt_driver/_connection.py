@@ -322,9 +322,9 @@ class Connection:
             self.deadlines.heard_at = trio.current_time()
             self._counters.bytes_in += len(data)
             messages: list[Message[Any]] = []
-            plain = False
+            plain_size: int | None = None
             try:
-                plain = self._take_packets(self._reader.feed(data), messages)
+                plain_size = self._take_packets(self._reader.feed(data), messages)
             except ProtocolError as exc:
                 self.fail(exc)
             self.deadlines.mid_packet = self._reader.mid_packet
@@ -338,7 +338,7 @@ class Connection:
                 self._counters.messages_in += len(messages)
                 if self._inbox.retired:
                     self.receiver.forget(messages)
-                self._inbox.deliver(messages, copies=bool(self.session.copies), plain=plain)
+                self._inbox.deliver(messages, copies=bool(self.session.copies), plain_size=plain_size)
             if self._writer.answers > _MOST_ANSWERS:
                 self.fail(
                     ConnectionLostError(f"the broker reads nothing: {self._writer.answers} bytes of answers wait")
@@ -363,15 +363,17 @@ class Connection:
         await self.receiver.wait_room()
         self.deadlines.resume(trio.current_time())
 
-    def _take_packets(self, packets: list[Packet], messages: list[Message[Any]]) -> bool:
+    def _take_packets(self, packets: list[Packet], messages: list[Message[Any]]) -> int | None:
         """Act on packets, and append the messages that are for the application. Raises ``ProtocolError``.
 
-        True if there is nothing about any of them: neither properties nor RETAIN.
+        If there is nothing about any of them, neither properties nor RETAIN, returns the bytes of their payloads.
         """
-        qos = self._reader.plain_qos
-        if qos is not None and self.receiver.take_row(row := cast("list[Message[Any]]", packets), qos):
-            messages += row
-            return True
+        reader = self._reader
+        if reader.plain:
+            row = cast("list[Message[Any]]", packets)
+            if self.receiver.take_row(row, reader.plain_1, reader.plain_size):
+                messages += row
+                return reader.plain_size
         for packet in packets:
             if isinstance(packet, Message):
                 if self.receiver.take(packet):
@@ -380,7 +382,7 @@ class Connection:
                 self.sender.take_pubacks(packet)
             else:
                 self._take(packet)
-        return False
+        return None
 
     def _take(self, packet: Ack | bytes) -> None:
         if isinstance(packet, tuple):

@@ -42,6 +42,8 @@ class Dispatcher:
         self._counters = counters
         self._on_handler_error = on_handler_error
         self._targets: dict[str, tuple[Target, ...]] = {}
+        self._sole: dict[str, Subscription[Any]] = {}
+        """Of the topics that have one target, that."""
         self._targets_version = -1
         self._dealer = CopyDealer()
         self._dealing_for: Acknowledger | None = None
@@ -58,56 +60,65 @@ class Dispatcher:
 
     # -- the connection's end: connection.Inbox -----------------------------------------------------------------------
 
-    def deliver(self, messages: list[Message[Any]], *, copies: bool, plain: bool) -> None:
+    def deliver(self, messages: list[Message[Any]], *, copies: bool, plain_size: int | None) -> None:
         """Queue each message with every subscription that it matches.
 
-        With ``copies`` each message comes once for each registration that it matches, unmarked. ``plain`` ones have
-        neither properties nor RETAIN.
+        With ``copies`` each message comes once for each registration that it matches, unmarked. If they have neither
+        properties nor RETAIN, ``plain_size`` is the number of bytes of all their payloads.
         """
         if self.retired:
             self._counters.dropped += len(messages)
             return
         if self._targets_version != self._registry.version:
-            self._targets.clear()
+            self._forget_targets()
             self._targets_version = self._registry.version
-        cache = self._targets
-        row: list[Message[Any]] = []
-        owner: Subscription[Any] | None = None
-        """Messages that come after one another for one subscription are put there together."""
-        for message in messages:
-            targets = cache.get(message.topic)
-            if targets is None:
-                targets = self._find_targets(message.topic)
-            if not plain:
-                identifiers = message._properties.subscription_identifiers  # pyright: ignore[reportPrivateUsage]
-                if identifiers:
-                    targets = tuple(
-                        one for one in targets if one[0].identifier is None or one[0].identifier in identifiers
-                    )
-            if copies and len(targets) > 1 and not message.retain:
-                targets = self._deal(message, targets)
-            if len(targets) == 1 and (plain or not message.retain):
-                subscription = targets[0][1]
-                if subscription is not owner:
-                    self._put_row(owner, row)
-                    owner, row = subscription, []
-                row.append(message)
-                continue
-            self._put_row(owner, row)
-            owner, row = None, []
-            if len(targets) == 1:
-                self._put(message, *targets[0])
-            elif targets:
-                message._open = len(targets)  # pyright: ignore[reportPrivateUsage]
-                for target in targets:
-                    self._put(message._for_one_of(), *target)  # pyright: ignore[reportPrivateUsage]
-            else:
-                self._counters.unrouted += 1
-                message._done()  # pyright: ignore[reportPrivateUsage]
-        self._put_row(owner, row)
+        if plain_size is not None and not copies:
+            self._deliver_plain(messages, plain_size)
+        else:
+            for message in messages:
+                self._deliver(message, copies=copies)
 
-    def _put_row(self, subscription: Subscription[Any] | None, row: list[Message[Any]]) -> None:
-        if subscription is not None and subscription.put(row):
+    def _deliver_plain(self, messages: list[Message[Any]], size: int) -> None:
+        """Messages that come after one another for one subscription alone are put there together."""
+        sole = self._sole.get
+        begin = 0
+        owner: Subscription[Any] | None = None
+        for number, message in enumerate(messages):
+            subscription = sole(message.topic)
+            if subscription is owner and owner is not None:
+                continue
+            if owner is not None:
+                self._put_row(owner, messages[begin:number])
+            begin, owner = number, subscription
+            if owner is None:
+                self._deliver(message, copies=False)
+        if owner is not None:
+            if begin:
+                self._put_row(owner, messages[begin:])
+            elif owner.put(messages, size):
+                self._crowd(owner)
+
+    def _deliver(self, message: Message[Any], *, copies: bool) -> None:
+        targets = self._targets.get(message.topic)
+        if targets is None:
+            targets = self._find_targets(message.topic)
+        identifiers = message._properties.subscription_identifiers  # pyright: ignore[reportPrivateUsage]
+        if identifiers:
+            targets = tuple(one for one in targets if one[0].identifier is None or one[0].identifier in identifiers)
+        if copies and len(targets) > 1 and not message.retain:
+            targets = self._deal(message, targets)
+        if len(targets) == 1:
+            self._put(message, *targets[0])
+        elif targets:
+            message._open = len(targets)  # pyright: ignore[reportPrivateUsage]
+            for target in targets:
+                self._put(message._for_one_of(), *target)  # pyright: ignore[reportPrivateUsage]
+        else:
+            self._counters.unrouted += 1
+            message._done()  # pyright: ignore[reportPrivateUsage]
+
+    def _put_row(self, subscription: Subscription[Any], row: list[Message[Any]]) -> None:
+        if subscription.put(row, sum([len(message.payload) for message in row])):
             self._crowd(subscription)
 
     def _deal(self, message: Message[Any], targets: tuple[Target, ...]) -> tuple[Target, ...]:
@@ -127,13 +138,15 @@ class Dispatcher:
     ) -> None:
         if message.retain and not registration.options.retain_as_published:
             message.replayed = 0 < subscription.first_generation < message.generation
-        self._put_row(subscription, [message])
+        if subscription.put([message], len(message.payload)):
+            self._crowd(subscription)
 
     def _crowd(self, subscription: Subscription[Any]) -> None:
         self._crowded.add(subscription)
-        if subscription.overflow is Overflow.BLOCK:
+        if subscription.queue.overflow is Overflow.BLOCK:
             self._blocking.add(subscription)
             subscription.watched = True
+            subscription.queue.attend()
 
     def _find_targets(self, topic: str) -> tuple[Target, ...]:
         targets = tuple(
@@ -143,9 +156,15 @@ class Dispatcher:
         )
         if len(topic) <= _CACHED_LENGTH:
             if len(self._targets) >= _CACHED_TOPICS:
-                self._targets.clear()
+                self._forget_targets()
             self._targets[topic] = targets
+            if len(targets) == 1:
+                self._sole[topic] = targets[0][1]
         return targets
+
+    def _forget_targets(self) -> None:
+        self._targets.clear()
+        self._sole.clear()
 
     @property
     def crowded(self) -> bool:
@@ -158,10 +177,10 @@ class Dispatcher:
         A read can bring thousands of messages before any consumer runs: without this, the fastest handler would lose
         some. It never waits for user code: who is busy with a message is not waited for.
         """
-        while any(one.full and one.ready for one in self._crowded):  # noqa: ASYNC110  # it is turns that are waited for
+        while any(one.queue.full and one.ready for one in self._crowded):  # noqa: ASYNC110  # it is turns that are waited for
             await trio.lowlevel.checkpoint()
         while self._crowded:
-            self._crowded.pop().shorten()
+            self._crowded.pop().queue.shorten()
 
     @property
     def full(self) -> bool:
@@ -177,7 +196,7 @@ class Dispatcher:
         """A subscription's queue has become shorter, or whoever empties it has nothing to do."""
         if self.retired and subscription.idle:
             self._idle.set()
-        if self._blocking and subscription in self._blocking and not subscription.full:
+        if self._blocking and subscription in self._blocking and not subscription.queue.full:
             self._blocking.discard(subscription)
             subscription.watched = False
             self._room.set()

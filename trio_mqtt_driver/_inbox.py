@@ -10,7 +10,7 @@ from ._types import Message
 class Inbox(Protocol):
     """Where messages go; the dispatcher, as far as a connection knows it."""
 
-    def deliver(self, messages: list[Message[Any]], *, copies: bool, plain: bool) -> None: ...
+    def deliver(self, messages: list[Message[Any]], *, copies: bool, plain_size: int | None) -> None: ...
 
     @property
     def retired(self) -> bool:

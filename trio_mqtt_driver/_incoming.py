@@ -140,16 +140,10 @@ class IncomingWindow:
         self._bytes += len(message.payload)
         self._line.messages.append(message)
 
-    def publish_row(self, messages: list[Message[Any]]) -> None:
-        """Take PUBLISHes of QoS 1; those of QoS 0 in between are nothing for here."""
-        line = self._line.messages
-        count = size = 0
-        for message in messages:
-            if message.qos:
-                line.append(message)
-                count += 1
-                size += len(message.payload)
-        self._qos1 += count
+    def publish_row(self, messages: list[Message[Any]], size: int) -> None:
+        """Take PUBLISHes of QoS 1, with so many bytes of payload."""
+        self._line.messages.extend(messages)
+        self._qos1 += len(messages)
         self._bytes += size
 
     def collect(self, now: float) -> bytes:
@@ -168,12 +162,16 @@ class IncomingWindow:
             count = next(
                 number for number, (one, first) in enumerate(zip_longest(processed, waiting)) if one is not first
             )
-        packet_ids = [message.packet_id for message in processed[:count]]
-        self._bytes -= sum([len(message.payload) for message in processed[:count]])
+        done = processed if count == len(processed) else processed[:count]
+        if count == len(waiting) and count == self._qos1 and not self._owed:  # as nearly always: nothing is left
+            self._bytes = 0
+            waiting.clear()
+        else:
+            self._bytes -= sum([len(message.payload) for message in done])
+            for _ in range(count):
+                waiting.popleft()
         self._qos1 -= count
-        for _ in range(count):
-            waiting.popleft()
-        answers = encode_pubacks(packet_ids)
+        answers = encode_pubacks([message.packet_id for message in done])
         if count == len(processed):
             return answers
         for message in processed[count:]:

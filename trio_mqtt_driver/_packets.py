@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from ._errors import ProtocolError
@@ -40,6 +41,10 @@ Ack = tuple[int, int, int, "str | None"]
 
 PubAcks = list[int]
 """The Packet Identifiers of PUBACKs that say success."""
+
+_Shape = tuple[int, int, int, Callable[[bytes, int], tuple[Any, ...]]]
+"""Of a short PUBLISH: its size, its QoS, the size of its payload, and what takes it apart: into the Topic Name, the
+Packet Identifier or nothing, the property length or nothing, and the payload."""
 
 Packet = Message[Any] | PubAcks | Ack | bytes
 
@@ -72,6 +77,7 @@ _PUBACKS = re.compile(rb"(?:@\x02..)+", re.DOTALL)
 
 # Caches are emptied when full: an entry that is still in use comes back with the next message.
 _CACHED_TOPICS = 4096
+_CACHED_SHAPES = 1024
 _CACHED_BLOCKS = 256
 _CACHED_LENGTH = 256
 
@@ -104,12 +110,17 @@ class PacketReader:
         self._topic_alias_maximum = topic_alias_maximum
         self._generation = generation
         self._source = source
-        self.plain_qos: int | None = None
-        """If what ``feed`` returned last is messages of QoS 0 and 1 and nothing else: their highest QoS."""
+        self.plain = False
+        """Whether what ``feed`` returned last is messages of QoS 0 and 1 about which there is nothing."""
+        self.plain_1 = 0
+        """How many of these have QoS 1."""
+        self.plain_size = 0
+        """The bytes of their payloads."""
         self._expect_connack = True
         self._rest = bytearray()
         self._need = 0
         self._topics: dict[bytes, str] = {}
+        self._shapes: dict[bytes, _Shape] = {}
         self._blocks: dict[bytes, PropertyBlock | PublishProperties] = {}
         self._aliases: dict[int, str] = {}
 
@@ -131,7 +142,8 @@ class PacketReader:
         else:
             data = bytes(data)
         packets: list[Packet] = []
-        self.plain_qos = 0
+        self.plain = True
+        self.plain_1 = self.plain_size = 0
         try:
             start = self._split(data, packets)
         except ProtocolError as exc:
@@ -186,7 +198,7 @@ class PacketReader:
                 self._check_control_size(first, stop - start)
                 self._need = stop - start
                 return start
-            self.plain_qos = None
+            self.plain = False
             if first & 0xF0 == 0x30:
                 packets.append(self._publish(first, data, pos, stop))
             elif first == PUBACK and length == 2:
@@ -207,69 +219,93 @@ class PacketReader:
         """
         end = len(data)
         known = self._topics.get
+        shapes = self._shapes.get
         append = packets.append
         version5 = self._version5
         maximum = self._maximum_packet_size
         generation = self._generation
         source = self._source
-        highest = 0
-        short_header, long_header = _SHORT_HEADER, _LONG_HEADER
+        before = len(packets)
+        zeros = payloads = 0
         new_0, new_1 = PlainQoS0Message.__new__, PlainQoS1Message.__new__
         first: int
-        length: int
+        low: int
         high: int
         size: int
+        packet_id: int
         while start + 5 < end:
-            first, length, size = short_header(data, start)
-            body = start + 4
-            if length > 127:
-                first, length, high, size = long_header(data, start)
-                if not 0 < high < 128:
+            shape = shapes(data[start : start + 4])
+            if shape is not None:
+                length, qos, left, unpack = shape
+                stop = start + length
+                if stop > end:
                     break
-                length += (high << 7) - 128
-                body += 1
-            stop = body - 2 + length
-            pos = body + size
-            if stop > end or stop - start > maximum:
+                raw, packet_id, properties, payload = unpack(data, start)
+            elif data[start + 1] > 127:
+                first, low, high, size = _LONG_HEADER(data, start)
+                pos = start + 5 + size
+                stop = start + 3 + (high << 7 | low & 127)
+                if (first != 0x30 and first != 0x32) or not 0 < high < 128 or stop > end or stop - start > maximum:
+                    break
+                qos = first >> 1 & 1
+                if pos + 2 * qos + version5 > stop:
+                    break
+                raw = data[start + 5 : pos]
+                packet_id = properties = 0
+                if qos:
+                    packet_id = data[pos] << 8 | data[pos + 1]
+                    pos += 2
+                if version5:
+                    properties = data[pos]
+                    pos += 1
+                payload = data[pos:stop]
+                left = stop - pos
+            elif self._learn(data, start):
+                continue
+            else:
                 break
-            topic = known(data[body:pos])
-            if not topic:
-                break
-            packet_id = 0
-            if first == 0x32:
-                pos += 2
-                if pos > stop:
-                    break
-                packet_id = data[pos - 2] << 8 | data[pos - 1]
-                if not packet_id:
-                    break
-            elif first != 0x30:
-                break
-            if version5:
-                if pos >= stop or data[pos]:
-                    break
-                pos += 1
-            elif pos > stop:
+            topic = known(raw)
+            if not topic or properties:
                 break
             message: Message[Any]
-            if packet_id:
+            if qos:
+                if not packet_id:
+                    break
                 message = new_1(PlainQoS1Message)
-                message.qos = message._open = highest = 1
+                message.qos = message._open = 1
                 message.packet_id = packet_id
                 message._original = message._reader = None
             else:
+                zeros += 1
                 message = new_0(PlainQoS0Message)
                 message.qos = 0
             message.topic = topic
-            message.payload = data[pos:stop]
+            message.payload = payload
             message.generation = generation
             message._source = source
             message.value = None
             append(message)
+            payloads += left
             start = stop
-        if highest and self.plain_qos == 0:
-            self.plain_qos = 1
+        self.plain_size += payloads
+        self.plain_1 += len(packets) - before - zeros
         return start
+
+    def _learn(self, data: bytes, start: int) -> bool:
+        """Note how to take a PUBLISH apart that begins with these four bytes: in one call, where others that begin
+        alike need several. False if there can be something about it."""
+        first, length, size = _SHORT_HEADER(data, start)
+        qos = first >> 1 & 1
+        left = length - 2 - size - 2 * qos - self._version5
+        if (first != 0x30 and first != 0x32) or left < 0 or length + 2 > self._maximum_packet_size:
+            return False
+        packet_id = "H" if qos else "0s"
+        properties = "B" if self._version5 else "0s"
+        if len(self._shapes) >= _CACHED_SHAPES:
+            self._shapes.clear()
+        unpack = struct.Struct(f">4x{size}s{packet_id}{properties}{left}s").unpack_from
+        self._shapes[data[start : start + 4]] = length + 2, qos, left, unpack
+        return True
 
     def _check_control_size(self, first: int, size: int) -> None:
         if first & 0xF0 != 0x30 and size > _CONTROL_MAXIMUM:

@@ -72,12 +72,16 @@ class Receiver:
 
     # -- in -----------------------------------------------------------------------------------------------------------
 
-    def take_row(self, messages: list[Message[Any]], qos: int) -> bool:
-        """Take messages of QoS 0 and 1 of which ``qos`` is the highest; False if each must be looked at by itself."""
+    def take_row(self, messages: list[Message[Any]], count: int, size: int) -> bool:
+        """Take messages of QoS 0 and ``count`` of QoS 1, with so many bytes of payload in all; False if each must be
+        looked at by itself."""
         if self.intercept is not None:
             return False
-        if qos:
-            self._window.publish_row(messages)
+        if count:
+            if count < len(messages):
+                messages = [message for message in messages if message.qos]
+                size = sum(len(message.payload) for message in messages)
+            self._window.publish_row(messages, size)
             if self._window.overrun:
                 self._overrun()
         return True

@@ -1,4 +1,4 @@
-"""One local subscription: its bounded queue, and the iterator or the handler at the end of it.
+"""One local subscription: its queue, and the iterator or the handler at the end of it.
 
 The queue is filled by the reader of the connection, which never waits (``put`` is synchronous), and emptied by one
 task. It belongs to the driver, not to a connection, so it lives across reconnects.
@@ -13,7 +13,6 @@ one: not when it is handed out, since whoever got it may still fail. `Acknowledg
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -22,8 +21,9 @@ import trio
 
 from ._errors import DriverClosedError, PayloadError
 from ._history import Counters
+from ._queue import MessageQueue
 from ._registry import Registration, Standing
-from ._types import Acknowledge, Acknowledger, Message, Overflow, ReasonCode
+from ._types import Acknowledge, Acknowledger, Message, ReasonCode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -78,17 +78,13 @@ class Subscription(Generic[T]):
         handler: Handler[T] | None,
         on_dead_letter: DeadLetterHandler | None,
         acknowledge: Acknowledge,
-        overflow: Overflow,
-        queue_messages: int,
-        queue_bytes: int,
+        queue: MessageQueue,
         counters: Counters,
         changed: Callable[[Subscription[Any]], None],
         failed: Callable[[Subscription[Any], Message[Any], Exception], bool],
     ) -> None:
         self.topic_filter = topic_filter
-        self.overflow = overflow
-        self.queue_messages = queue_messages
-        self.queue_bytes = queue_bytes
+        self.queue = queue
         self._on_receipt = acknowledge is Acknowledge.RECEIVED
         self._manual = acknowledge is Acknowledge.MANUAL
         self.registration: Registration[Subscription[Any]] | None = None
@@ -99,8 +95,6 @@ class Subscription(Generic[T]):
         self._counters = counters
         self._changed = changed
         self._failed = failed
-        self._queue: deque[Message[Any]] = deque()
-        self._queued_bytes = 0
         self.first_generation = 0
         """The generation that granted it; retained messages that a later one brings are repetitions."""
         self._arrived = trio.Event()
@@ -118,11 +112,17 @@ class Subscription(Generic[T]):
         self._calls = _TURN
         self._until = 0.0
         self._now = trio.current_time
-        self._received = self._delivered = self._dropped = self._superseded = 0
+        self._withheld = 0
+        """Messages that were taken out of the queue and not delivered."""
         self._dead_letters = self._refused = self._handler_errors = 0
 
     def __repr__(self) -> str:
-        return f"<Subscription {self.topic_filter!r} {self._delivered} delivered, {len(self._queue)} queued>"
+        return f"<Subscription {self.topic_filter!r} {self._delivered} delivered, {len(self.queue.messages)} queued>"
+
+    @property
+    def _delivered(self) -> int:
+        queue = self.queue
+        return queue.received - len(queue.messages) - queue.dropped - self._withheld
 
     @property
     def degraded(self) -> ReasonCode | None:
@@ -140,29 +140,25 @@ class Subscription(Generic[T]):
             return None
         return int(registration.reason_code)
 
-    @property
-    def full(self) -> bool:
-        """Whether the queue has reached a bound."""
-        return len(self._queue) >= self.queue_messages or self._queued_bytes >= self.queue_bytes
-
     def statistics(self) -> SubscriptionStatistics:
         """Counters since the subscription was made."""
+        queue = self.queue
         return SubscriptionStatistics(
-            received=self._received,
+            received=queue.received,
             delivered=self._delivered,
-            dropped=self._dropped,
-            superseded=self._superseded,
+            dropped=queue.dropped,
+            superseded=queue.superseded,
             refused=self._refused,
             dead_letters=self._dead_letters,
             handler_errors=self._handler_errors,
-            queued=len(self._queue),
-            queued_bytes=self._queued_bytes,
+            queued=len(queue.messages),
+            queued_bytes=queue.size,
         )
 
     @property
     def unprocessed(self) -> int:
         """Messages that are queued, or that a handler or an iterator has; not those that it left for later."""
-        return len(self._queue) + (self._handed_out is not None or self._burying)
+        return len(self.queue.messages) + (self._handed_out is not None or self._burying)
 
     @property
     def idle(self) -> bool:
@@ -176,25 +172,23 @@ class Subscription(Generic[T]):
         """Whether somebody is asking for the next message, and not busy with the last one."""
         return self._receiving and not self._burying
 
-    def put(self, messages: list[Message[Any]]) -> bool:
-        """Queue messages that one connection brought, whether there is room or not.
+    def put(self, messages: list[Message[Any]], size: int) -> bool:
+        """Queue messages that one connection brought, with so many bytes of payload, whether there is room or not.
 
-        True if the queue has reached a bound: call ``shorten``.
+        True if the queue has reached a bound: call ``queue.shorten``.
         """
-        queue = self._queue
         source = messages[0]._source
-        special = source is not None and (source.overtakes or self._on_receipt)
-        size = 0
-        for message in messages:
-            if special and message.qos and source is not None:
-                self._take_special(message, source)
-            queue.append(message)
-            size += len(message.payload)
-        self._received += len(messages)
-        self._queued_bytes += size
+        if source is not None and (source.overtakes or self._on_receipt):
+            for message in messages:  # one by one: each looks at the one before it
+                if message.qos:
+                    self._take_special(message, source)
+                self.queue.put([message], len(message.payload))
+            too_long = self.queue.full
+        else:
+            too_long = self.queue.put(messages, size)
         if self._sleeping:
             self._arrived.set()
-        return len(queue) >= self.queue_messages or self._queued_bytes >= self.queue_bytes
+        return too_long
 
     def _take_special(self, message: Message[Any], source: Acknowledger) -> None:
         if source.overtakes and self._holds_up:
@@ -207,57 +201,8 @@ class Subscription(Generic[T]):
     @property
     def _holds_up(self) -> bool:
         busy = self._handed_out or self._kept
-        return (busy is not None and busy._holds_up) or (bool(self._queue) and self._queue[-1]._holds_up)
-
-    def shorten(self) -> None:
-        """Apply the overflow policy to a queue that has become too long.
-
-        What is to be acknowledged stays: that is bounded by the connection. But what a connection has brought that is
-        over, which nobody can acknowledge any more, goes like QoS 0.
-        """
-        block = self.overflow is Overflow.BLOCK
-        # While reading pauses nothing comes, but each new connection brings a little before it pauses, too.
-        most = 2 if block else 1
-        if len(self._queue) <= most * self.queue_messages and self._queued_bytes <= most * self.queue_bytes:
-            return
-        if self.overflow is Overflow.LATEST:
-            self._supersede()
-        newest = self.overflow is Overflow.DROP_NEWEST
-        kept: list[Message[Any]] = []
-        while self._queue:
-            left = len(self._queue) + len(kept)
-            if left == 1 or (left <= most * self.queue_messages and self._queued_bytes <= most * self.queue_bytes):
-                break
-            message = self._queue.pop() if newest else self._queue.popleft()
-            if message._stale if block else not message._owed:
-                self._drop(message)
-            else:
-                kept.append(message)
-        if newest:
-            self._queue.extend(reversed(kept))
-        else:
-            self._queue.extendleft(reversed(kept))
-
-    def _supersede(self) -> None:
-        """Let go of each message for which there is a newer one of its topic."""
-        seen: set[str] = set()
-        kept: deque[Message[Any]] = deque()
-        for message in reversed(self._queue):
-            if message.topic not in seen:
-                seen.add(message.topic)
-                kept.appendleft(message)
-                continue
-            self._superseded += 1
-            self._drop(message)
-            if message._owed:
-                message._done()
-        self._queue.clear()
-        self._queue.extend(kept)
-
-    def _drop(self, message: Message[Any]) -> None:
-        self._queued_bytes -= len(message.payload)
-        self._dropped += 1
-        self._counters.dropped += 1
+        queue = self.queue.messages
+        return (busy is not None and busy._holds_up) or (bool(queue) and queue[-1]._holds_up)
 
     def close(self) -> None:
         """End iteration and let go of what is queued. It is acknowledged: nobody is left who could process it, and
@@ -265,17 +210,15 @@ class Subscription(Generic[T]):
         is for whoever has it."""
         self._closed = True
         self._arrived.set()
-        self._queued_bytes = 0
-        while self._queue:
-            self._queue.popleft()._done()
+        waiting = self.queue.messages
+        while waiting:
+            self._withheld += 1
+            self._take_out()._done()
         self._changed(self)
 
     def abandon(self) -> None:
         """Drop what is queued: nobody will process it, and no connection is left to acknowledge it on."""
-        self._dropped += len(self._queue)
-        self._counters.dropped += len(self._queue)
-        self._queue.clear()
-        self._queued_bytes = 0
+        self.queue.abandon()
 
     # -- the emptying end ---------------------------------------------------------------------------------------------
 
@@ -288,15 +231,16 @@ class Subscription(Generic[T]):
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving from this subscription")
         self._receiving = True
+        queue = self.queue.messages
         try:
             try:
                 done = self._handed_out
-                if self._queue or self._closed or (done is not None and done.qos):  # else the wait below is one
+                if queue or self._closed or (done is not None and done.qos):  # else the wait below is one
                     await self._give_way()
             finally:  # not before: whoever the message was for has a turn before its acknowledgement is written
                 self.finish()
             while True:  # noqa: ASYNC913  # _give_way or the wait is the cancel point
-                while not self._queue:
+                while not queue:
                     if self._closed:
                         raise DriverClosedError(f"the subscription of {self.topic_filter!r} is ended")
                     self._changed(self)
@@ -305,22 +249,17 @@ class Subscription(Generic[T]):
                     await self._arrived.wait()
                     self._sleeping = False
                     self._begin_turn()
-                message: Message[T] = self._queue.popleft()
-                self._queued_bytes -= len(message.payload)
-                if self.watched:
-                    self._changed(self)
-                if message.qos:
-                    message._reader = self
+                message: Message[T] = self._take_out()
                 if self._typed:
                     try:
                         message.value = self._decode(message.payload)
                     except PayloadError as exc:
+                        self._withheld += 1
                         await self._misfit(message, exc)
                         await self._give_way()
                         continue
                 else:
                     message.value = message.payload  # type: ignore[assignment]  # then T is bytes
-                self._delivered += 1
                 self._handed_out = message
                 return message
         finally:
@@ -331,7 +270,8 @@ class Subscription(Generic[T]):
 
         ``receive`` says how; left out of it is, until the turn is over, what nearly all messages do not need.
         """
-        queue = self._queue
+        queue = self.queue
+        waiting = queue.messages
         checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled
         while True:  # noqa: ASYNC913  # receive is the cancel point
             try:
@@ -351,10 +291,10 @@ class Subscription(Generic[T]):
                     except Exception as exc:  # noqa: BLE001  # by policy; cancellation is no Exception and passes
                         if self._failed(self, message, exc):
                             return
-                    if not queue or calls >= _TURN or self._typed or now() >= until:
+                    if not waiting or calls >= _TURN or self._typed or now() >= until:
                         break
                     calls += 1
-                    self._handed_out = None  # as finish
+                    # As finish.
                     if not message.qos:
                         message._source = None
                     elif self._manual:
@@ -371,16 +311,14 @@ class Subscription(Generic[T]):
                         noted = source
                     else:
                         message._done()
+                    self._handed_out = None
                     await checkpoint_if_cancelled()
-                    message = queue.popleft()  # as _take
-                    payload = message.payload
-                    self._queued_bytes -= len(payload)
-                    if self.watched:
-                        self._changed(self)
+                    message = waiting.popleft()  # as _take
+                    if queue.attended:
+                        self._took(message)
                     if message.qos:
                         message._reader = self
-                    message.value = payload  # type: ignore[assignment]  # then T is bytes
-                    self._delivered += 1
+                    message.value = message.payload  # type: ignore[assignment]  # then T is bytes
                     self._handed_out = message
             finally:
                 if noted is not None:
@@ -389,16 +327,24 @@ class Subscription(Generic[T]):
 
     def _take(self) -> Message[T]:
         """Hand out the first message of the queue, of a subscription to bytes."""
-        message = self._queue.popleft()
-        self._queued_bytes -= len(message.payload)
-        if self.watched:
-            self._changed(self)
-        if message.qos:
-            message._reader = self
+        message = self._take_out()
         message.value = message.payload  # then T is bytes
-        self._delivered += 1
         self._handed_out = message
         return message
+
+    def _take_out(self) -> Message[Any]:
+        """Take the first message out of the queue."""
+        message = self.queue.messages.popleft()
+        if self.queue.attended:
+            self._took(message)
+        if message.qos:
+            message._reader = self
+        return message
+
+    def _took(self, message: Message[Any]) -> None:
+        self.queue.took(message)
+        if self.watched:
+            self._changed(self)
 
     def finish(self) -> None:
         """The message that was handed out last is processed."""
@@ -410,6 +356,16 @@ class Subscription(Generic[T]):
             message._source = None
         elif self._manual:
             self._kept = message
+        elif (
+            message.qos == 1
+            and message._open
+            and message._original is None
+            and (source := message._source) is not None
+        ):
+            message._open = 0  # as _done, for nearly all
+            message._source = message._reader = None
+            source.note(message)
+            source.noted()
         else:
             message._done()
 
@@ -425,7 +381,7 @@ class Subscription(Generic[T]):
 
     async def _give_way(self) -> None:
         """A cancel point for every message, and now and then a schedule point."""
-        if self._queue and self._calls < _TURN and self._now() < self._until:
+        if self.queue.messages and self._calls < _TURN and self._now() < self._until:
             self._calls += 1
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
@@ -473,7 +429,7 @@ class Subscription(Generic[T]):
 
     async def __anext__(self) -> Message[T]:
         if (
-            self._queue
+            self.queue.messages
             and self._calls < _TURN
             and not self._typed
             and not self._receiving
