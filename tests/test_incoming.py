@@ -81,7 +81,7 @@ def test_a_pubrel_of_nothing_is_completed() -> None:
 
 def test_another_connection_of_the_session_knows_what_the_one_before_has_delivered() -> None:
     session = Session()
-    first, second, third = (IncomingWindow(10, session.received) for _ in range(3))
+    first, second, third = (IncomingWindow(10, session.exchanges) for _ in range(3))
     message = incoming(2)
     assert first.publish(message) == (True, b"")
     first.end()
@@ -99,7 +99,7 @@ def test_another_connection_of_the_session_knows_what_the_one_before_has_deliver
 
 def test_an_identifier_that_comes_anew_on_another_connection_is_another_message() -> None:
     session = Session()
-    first, second = (IncomingWindow(10, session.received) for _ in range(2))
+    first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
     old, new = incoming(2), incoming(2)
     first.publish(old)
     old._open = 0
@@ -110,9 +110,38 @@ def test_an_identifier_that_comes_anew_on_another_connection_is_another_message(
     assert second.publish(incoming(2)) == (False, b"")  # the same connection: a repetition
 
 
+def test_an_identifier_that_says_something_else_is_another_message_although_it_has_dup() -> None:
+    """The broker has lost the exchange, and its first transmission with this identifier was lost with the link."""
+    session = Session()
+    first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
+    old, new = incoming(2, payload=b"old"), incoming(2, dup=True, payload=b"new")
+    first.publish(old)
+    assert second.publish(new) == (True, b"")
+    assert not first.keeps(old)
+    assert second.keeps(new)
+    assert done(second, new) == encode_ack(PUBREC, 1)
+
+
+def test_what_is_repeated_from_its_publish_on_after_its_pubrel_is_answered_and_not_delivered() -> None:
+    session = Session()
+    first = IncomingWindow(10, session.exchanges)
+    message = incoming(2, 7, payload=b"x")
+    first.publish(message)
+    assert done(first, message) == encode_ack(PUBREC, 7)
+    assert first.release(7, 5) == encode_ack(PUBCOMP, 7)
+    again = incoming(2, 7, dup=True, payload=b"x")
+    IncomingWindow(10, session.exchanges)  # is broken off
+    second = IncomingWindow(10, session.exchanges)
+    assert second.publish(again) == (False, encode_ack(PUBREC, 7))
+    assert (len(second), second.unanswered) == (1, 0)
+    assert second.release(7, 5) == encode_ack(PUBCOMP, 7)
+    assert len(second) == 0
+    assert second.publish(incoming(2, 7, dup=True, payload=b"y")) == (True, b"")
+
+
 def test_what_the_connection_has_not_brought_yet_is_not_acknowledged_on_it() -> None:
     session = Session()
-    first, second = (IncomingWindow(10, session.received) for _ in range(2))
+    first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
     message = incoming(2)
     first.publish(message)
     assert done(second, message) == b""
@@ -122,7 +151,7 @@ def test_what_the_connection_has_not_brought_yet_is_not_acknowledged_on_it() -> 
 
 def test_repetitions_that_are_processed_wait_for_their_turn_as_well() -> None:
     session = Session()
-    first, second = (IncomingWindow(10, session.received) for _ in range(2))
+    first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
     slow, quick = incoming(2, 1), incoming(2, 2)
     for message in (slow, quick):
         first.publish(message)
@@ -257,14 +286,14 @@ def test_a_refused_qos_2_message_ends_its_exchange_with_the_pubrec() -> None:
 
 def test_a_refusal_while_the_link_is_down_is_said_on_the_next_one() -> None:
     session = Session()
-    first, second = (IncomingWindow(10, session.received) for _ in range(2))
+    first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
     message = incoming(2)
     first.publish(message)
     message._open, message._code = 0, 0x83
     session.processed(message)
     assert second.publish(incoming(2, dup=True)) == (False, encode_ack(PUBREC, 1, 0x83))
     assert len(second) == 0
-    assert not session.received
+    assert not session.exchanges.open
 
 
 @pytest.mark.parametrize("qos", [1, 2])

@@ -259,6 +259,30 @@ async def test_an_identifier_that_comes_without_dup_on_another_connection_is_ano
         assert acknowledged(connections(broker)[-1], Kind.PUBREC) == [packet_id]
 
 
+async def test_a_broker_that_has_forgotten_its_pubrel_may_begin_again_with_the_publish(
+    autojump_clock: MockClock, broker: MemoryBroker, config: DriverConfig
+) -> None:
+    """As mosquitto does when a connection broke while it took the session up: not delivered again, but answered."""
+    got: list[bytes] = []
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("a", lambda message: got.append(message.payload), qos=2)
+        broker.publish("a", b"1", qos=2)
+        await settled()
+        packet_id = next(packet.packet_id for _, packet in broker.sent if isinstance(packet, Publish))
+        for _ in range(2):
+            await lose_link(driver, broker)
+            await find_link(driver, broker)
+        again = Publish(topic="a", payload=b"1", qos=2, dup=True, packet_id=packet_id)
+        broker.send("driver", again)
+        await settled()
+        assert got == [b"1"]
+        assert kinds(broker) == [Kind.PUBREC, Kind.PUBCOMP]
+        assert driver.status().unacknowledged == 0
+        broker.send("driver", Publish(topic="a", payload=b"2", qos=2, dup=True, packet_id=packet_id))
+        await settled()
+        assert got == [b"1", b"2"]
+
+
 async def test_an_identifier_that_comes_twice_on_one_connection_is_one_message(
     autojump_clock: MockClock, broker: MemoryBroker, config: DriverConfig
 ) -> None:

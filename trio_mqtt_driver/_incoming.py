@@ -19,9 +19,8 @@ from collections.abc import Iterable
 from itertools import islice, zip_longest
 from typing import Any
 
-import attrs
-
 from ._errors import ProtocolError
+from ._exchanges import Exchanges
 from ._packets import PUBACK, PUBCOMP, PUBREC, encode_ack, encode_pubacks
 from ._types import Message, ReasonCode
 
@@ -73,26 +72,16 @@ class _Line:
         return found
 
 
-@attrs.define(eq=False)
-class Received:
-    """A QoS 2 message of the broker's that was delivered and is not released."""
-
-    message: Message[Any] | None
-    """None once the application is done with it."""
-    code: int = 0
-    """With which it is acknowledged."""
-
-
 class IncomingWindow:
     """The broker's QoS 1 and 2 publishes on one connection that we have not acknowledged yet.
 
-    ``received`` is the session's. A session that goes on repeats what the broker thinks we have not got.
+    ``exchanges`` are the session's. A session that goes on repeats what the broker thinks we have not got.
     """
 
     def __init__(
         self,
         maximum: int,
-        received: dict[int, Received] | None = None,
+        exchanges: Exchanges | None = None,
         *,
         most: int | None = None,
         maximum_bytes: float = math.inf,
@@ -103,7 +92,8 @@ class IncomingWindow:
         """How many may be unanswered before it is ``full``."""
         self._maximum_bytes = maximum_bytes
         self._patience = patience
-        self._received: dict[int, Received] = {} if received is None else received
+        self._exchanges = Exchanges() if exchanges is None else exchanges
+        self._exchanges.connect()
         self._qos1 = 0
         self._qos2: set[int] = set()
         self._owed: dict[int, Message[Any]] = {}
@@ -192,23 +182,19 @@ class IncomingWindow:
             self.publish_1(message)
             return True, b""
         packet_id = message.packet_id
-        known = self._received.get(packet_id)
-        if known is not None and not message.dup and packet_id not in self._qos2:
-            # The broker has never sent this before [MQTT-3.3.1-1]: it has lost the exchange that we remember, and uses
-            # its identifier for another message. To take that one for the old one would lose it.
-            known = None
         if packet_id in self._owed:
             return False, b""
-        if known is not None and packet_id in self._qos2:
+        here = packet_id in self._qos2
+        known = self._exchanges.find(message, here=here)
+        if known is not None and here:
             return False, encode_ack(PUBREC, packet_id)  # again [MQTT-4.3.3-10]
         self._qos2.add(packet_id)
-        if known is None:
-            self._received[packet_id] = Received(message)
-        elif known.message is not None:
-            message = known.message  # that an older connection has brought
-        else:
-            message._open = 0
-            message._code = known.code
+        if known is not None:
+            if known.message is not None:
+                message = known.message  # that an older connection has brought
+            else:
+                message._open = 0
+                message._code = known.code
         self._owed[packet_id] = message
         self._bytes += len(message.payload)
         if not message._overtaken:
@@ -217,7 +203,7 @@ class IncomingWindow:
 
     def keeps(self, message: Message[Any]) -> bool:
         """Whether the session still knows a QoS 2 message that this connection brought."""
-        known = self._received.get(message.packet_id)
+        known = self._exchanges.open.get(message.packet_id)
         return known is not None and known.message is message
 
     def acknowledge(self, message: Message[Any]) -> bytes:
@@ -225,7 +211,7 @@ class IncomingWindow:
         and ``wait`` must follow."""
         if message.qos == 2:
             # The present connection may not have brought it yet: then there is nothing to send.
-            received = self._received[message.packet_id]
+            received = self._exchanges.open[message.packet_id]
             received.message, received.code = None, message._code
             if message.packet_id not in self._owed:
                 return b""
@@ -280,7 +266,7 @@ class IncomingWindow:
             else:
                 self._qos2.discard(message.packet_id)
                 del self._owed[message.packet_id]
-                del self._received[message.packet_id]
+                del self._exchanges.open[message.packet_id]
             self._bytes -= len(message.payload)
             answers += self.overtake(message)
         return answers
@@ -304,17 +290,17 @@ class IncomingWindow:
         del self._owed[packet_id]
         if message._code:  # A refusal ends the exchange: no PUBREL comes [MQTT-4.3.3].
             self._qos2.discard(packet_id)
-            del self._received[packet_id]
+            del self._exchanges.open[packet_id]
         return encode_ack(PUBREC, packet_id, message._code)
 
     def release(self, packet_id: int, version: int) -> bytes:
         """Take a PUBREL: the PUBCOMP to send."""
-        known = self._received.get(packet_id)
+        known = self._exchanges.open.get(packet_id)
         if known is not None and (known.message is not None or packet_id in self._owed):
             raise ProtocolError(f"protocol error: PUBREL for packet identifier {packet_id} before its PUBREC")
         if known is None:
             code = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND if version == 5 else ReasonCode.SUCCESS
             return encode_ack(PUBCOMP, packet_id, code)
-        del self._received[packet_id]
+        self._exchanges.release(packet_id)
         self._qos2.discard(packet_id)
         return encode_ack(PUBCOMP, packet_id)

@@ -53,7 +53,7 @@ class Receiver:
         self._warn_once = warn_once
         self._window = IncomingWindow(
             config.receive_maximum,
-            session.received,
+            session.exchanges,
             most=min(config.receive_maximum * (_TOLERATED if version == 5 else 1), _PACKET_IDS),
             maximum_bytes=config.receive_bytes,
             patience=config.ack_patience,

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 from ._config import Endpoint
-from ._incoming import Received
+from ._exchanges import Exchanges
 from ._inflight import OutgoingWindow, PacketIds
 from ._outgoing import Outgoing
 from ._types import Message
@@ -48,8 +48,7 @@ class Session:
         """While there is no connection: when the broker discards its half."""
         self.ids = PacketIds()
         self.outgoing = OutgoingWindow(self.ids, 1)
-        self.received: dict[int, Received] = {}
-        """By Packet Identifier."""
+        self.exchanges = Exchanges()
         self.copies: bool | None = None
         """Whether the broker sends a copy per matching filter and cannot mark them; None until that matters."""
         self.on_processed: Callable[[Message[Any]], object] | None = None
@@ -72,7 +71,7 @@ class Session:
 
     def end(self) -> list[Outgoing]:
         """Nothing of it can go on any more; returns what was not acknowledged."""
-        self.received.clear()
+        self.exchanges.clear()
         self.copies = None
         messages = self.outgoing.take_back()
         self.ids.clear()
@@ -80,7 +79,7 @@ class Session:
 
     def processed(self, message: Message[Any]) -> None:
         """The application is done with a QoS 2 message that an older connection of this session brought."""
-        received = self.received[message.packet_id]
+        received = self.exchanges.open[message.packet_id]
         received.message, received.code = None, message._code  # pyright: ignore[reportPrivateUsage]  # the connection's
         if self.on_processed is not None:
             self.on_processed(message)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import socket
+import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -11,7 +13,7 @@ import pytest
 import trio
 
 from tests.brokers.grounds import Ground
-from trio_mqtt_driver import Message, MQTTDriver, State
+from trio_mqtt_driver import BackoffConfig, Message, MQTTDriver, State
 from trio_mqtt_driver.testing import Direction, FaultProxy
 
 pytestmark = pytest.mark.broker
@@ -113,6 +115,64 @@ async def test_qos_2_arrives_exactly_once_and_in_order_over_links_that_are_cut(g
             assert field.outgoing.numbers == list(range(MESSAGES + 1))
             assert field.incoming.numbers == list(range(MESSAGES + 1))
             assert field.driver.generation > 1
+
+
+class BrokenOff(trio.abc.Stream):
+    """A connection that is reset when CONNECT is on its way: the broker takes it, and cannot answer."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+        self._stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await self._stream.aclose()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+@MOSQUITTO
+async def test_mosquitto_that_takes_a_session_up_in_vain_repeats_what_is_complete(ground: Ground) -> None:
+    """2.0.11 then begins with PUBLISH again what it had sent PUBREL for, in some of the rounds."""
+    arrivals = Arrivals()
+    rounds = 12
+    in_vain = 0
+
+    async def open_stream(_endpoint: object) -> trio.abc.Stream:
+        nonlocal in_vain
+        if not in_vain:
+            return await trio.open_tcp_stream(proxy.host, proxy.port)
+        in_vain -= 1
+        return BrokenOff(await trio.open_tcp_stream(ground.broker.host, ground.broker.port))
+
+    at_once = BackoffConfig(start=0.01, factor=1, maximum=0.01, min_interval=0, stable_after=0, pause_after=1000)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            proxy = FaultProxy(nursery, ground.broker.port)
+            async with (
+                MQTTDriver(
+                    ground.config(stable_id=True, keep_alive=60, open_stream=open_stream, backoff=at_once)
+                ) as driver,
+                MQTTDriver(ground.config(client_id="witness")) as witness,
+            ):
+                await driver.subscribe("in", arrivals.handle, qos=2)
+                for number in range(rounds):
+                    in_vain = 6
+                    proxy.cut_after(6, Direction.IN)  # in the middle of PUBCOMP
+                    await witness.publish("in", str(number), qos=2)
+                    await driver.wait_state(State.BACKING_OFF)
+                    await driver.wait_live()
+                await witness.publish("in", str(rounds), qos=2)
+                await arrivals.wait_for(rounds)
+                assert arrivals.numbers == list(range(rounds + 1))
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("idle_ground", ["mosquitto-5", "nats-3.1.1"], indirect=True)
