@@ -81,5 +81,11 @@ def test_once_it_is_empty_nothing_is_remembered(overflow: Overflow) -> None:
     take(queue)
     assert not queue.put([Message("a", bytes(99))], 99)
     assert not queue.attended
+
+
+def test_an_abandoned_queue_is_not_full() -> None:
+    queue = MessageQueue(Overflow.DROP_OLDEST, 1000, MOST_BYTES, Counters())
+    assert queue.put([Message("a", bytes(100))], 100)
+    assert queue.attended
     queue.abandon()
-    assert (queue.dropped, queue.size) == (2, 0)
+    assert (queue.dropped, queue.size, queue.full) == (1, 0, False)

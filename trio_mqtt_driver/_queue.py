@@ -133,3 +133,4 @@ class MessageQueue:
         self.dropped += len(self.messages)
         self._counters.dropped += len(self.messages)
         self.messages.clear()
+        self._bytes = 0
