@@ -24,18 +24,18 @@ class MessageQueue:
     """Messages that wait for one subscription's handler or iterator, the oldest first."""
 
     def __init__(self, overflow: Overflow, most_messages: int, most_bytes: int, counters: Counters) -> None:
-        self.overflow = overflow
+        self.overflow: Overflow = overflow
         self.messages: deque[Message[Any]] = deque()
-        self.attended = False
+        self.attended: bool = False
         """Whether ``took`` must be called for each message."""
-        self.received = 0
-        self.dropped = 0
-        self.superseded = 0
+        self.received: int = 0
+        self.dropped: int = 0
+        self.superseded: int = 0
         """Of those dropped."""
         self._most_messages = most_messages
         self._most_bytes = most_bytes
         self._counters = counters
-        self._bytes = 0
+        self._bytes: int = 0
         """Of payload; exact while ``attended``, and else at most that."""
 
     @property
