@@ -207,6 +207,23 @@ async def test_unacknowledged_bytes_pause_reading_until_they_are_fewer(
         assert driver.generation == 1
 
 
+async def test_a_large_message_behind_others_does_not_pause_reading_for_ever(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    """It takes several reads, in each of which nothing is complete."""
+    got: list[int] = []
+    config = memory_config(broker, subscription_identifiers=False, receive_bytes=100_000)
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("a", lambda message: got.append(len(message.payload)), qos=2)
+        for _ in range(2):
+            for size in (10_000, 10_000, 10_000):
+                broker.publish("a", bytes(size), qos=1)
+            broker.publish("a", bytes(1_000_000), qos=2)
+            await settled()
+        assert got == [10_000, 10_000, 10_000, 1_000_000] * 2
+        assert driver.status().unacknowledged == 0
+
+
 async def test_what_is_queued_when_a_subscription_ends_was_not_delivered(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker
 ) -> None:

@@ -172,6 +172,24 @@ def test_a_long_topic_that_leaves_no_room_in_its_packet_is_found_in_a_flood_too(
     assert "malformed packet" in error
 
 
+def test_while_a_packet_trickles_in_nothing_is_said_of_those_before() -> None:
+    """Who takes the rows would count them again."""
+    good = publish_packet(b"\0\1a\0\7\0xyz", 0x32)
+    reader = new_reader()
+    assert len(reader.feed(good)) == 1  # a topic that is new
+    large = publish_packet(b"\0\1a\0\7\0" + bytes(1000), 0x32)
+    assert len(reader.feed(good * 3 + large[:10])) == 3
+    assert (reader.plain, reader.plain_1, reader.plain_size) == (True, 3, 9)
+    assert reader.feed(large[10:500]) == []
+    assert (reader.plain, reader.plain_1, reader.plain_size) == (False, 0, 0)
+    assert len(reader.feed(large[500:])) == 1
+    assert (reader.plain, reader.plain_1, reader.plain_size) == (True, 1, 1000)
+    assert reader.feed(good + b"\1")
+    assert reader.error is not None
+    assert reader.feed(good) == []
+    assert (reader.plain, reader.plain_1, reader.plain_size) == (False, 0, 0)
+
+
 @pytest.mark.parametrize("maximum, payload", [(20, 14), (400, 393)])
 def test_a_packet_that_is_too_large_is_refused_in_a_flood_too(maximum: int, payload: int) -> None:
     reader = new_reader(maximum_packet_size=maximum)

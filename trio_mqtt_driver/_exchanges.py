@@ -49,7 +49,7 @@ class Exchanges:
         self._connections = 0
 
     def connect(self) -> None:
-        """There is another connection."""
+        """There is another connection: one that gets no CONNACK, too, since mosquitto loses track as it sends that."""
         self._connections += 1
 
     def find(self, message: Message[Any], *, here: bool) -> Received | None:

@@ -131,6 +131,8 @@ class PacketReader:
 
     def feed(self, data: bytes | bytearray) -> list[Packet]:
         """The packets that are complete with ``data``; sets ``error`` at the first byte that MQTT does not allow."""
+        self.plain = False
+        self.plain_1 = self.plain_size = 0
         if self.error is not None:
             return []
         if self._rest:
@@ -143,7 +145,6 @@ class PacketReader:
             data = bytes(data)
         packets: list[Packet] = []
         self.plain = True
-        self.plain_1 = self.plain_size = 0
         try:
             start = self._split(data, packets)
         except ProtocolError as exc:
