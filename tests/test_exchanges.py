@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from trio_mqtt_driver import Message
+from trio_mqtt_driver._config import Endpoint
 from trio_mqtt_driver._exchanges import Exchanges
+from trio_mqtt_driver._session import Session, SessionKey
 
 
 def incoming(packet_id: int = 1, payload: bytes = b"x", *, dup: bool = False, topic: str = "a") -> Message[bytes]:
@@ -105,3 +107,17 @@ def test_on_the_next_connection_it_is_a_new_message() -> None:
     complete(exchanges)
     exchanges.connect()
     assert is_new(exchanges, incoming(dup=True))
+
+
+def test_a_session_that_ends_with_its_connection_remembers_nothing() -> None:
+    """It would be for nobody; and where it begins anew, that stays so."""
+    exchanges = Session().exchanges
+    for _ in range(2):
+        complete(exchanges)
+        reconnect(exchanges)
+        assert is_new(exchanges, incoming(dup=True))
+        exchanges.clear()
+    lasting = Session(SessionKey("me", Endpoint(host="broker", port=1883), 5)).exchanges
+    complete(lasting)
+    reconnect(lasting)
+    assert not is_new(lasting, incoming(dup=True))

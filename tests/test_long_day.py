@@ -21,9 +21,8 @@ from trio_mqtt_driver.testing import MemoryBroker
 DAY = 24 * 3600.0
 BACK_WITHIN = 60.0
 SHORTEST, LONGEST = 3.0, 3 * 3600.0
-ALLOWED_BLOCKS = 6000
-"""Of memory; one for every fifth message would be more. What a connection knows of packets that begin alike, at most a
-thousand times five blocks, it learns anew."""
+ALLOWED_BLOCKS = 1000
+"""Of memory; one for every thirtieth message would be more."""
 PACE = Pace(publish=(2, 8), incoming=(3, 12), turn=(300, 3600))
 
 

@@ -474,7 +474,7 @@ def test_the_independent_codec_comes_to_the_same_messages(data: bytes) -> None:
 class Forgetful(dict[bytes, str]):
     """In place of the topics that have come before: then each packet is looked at by itself."""
 
-    def get(self, *_: object) -> None:  # type: ignore[override]
+    def get(self, *_: object) -> None:  # type: ignore[override]  # no default is asked for
         return None
 
 

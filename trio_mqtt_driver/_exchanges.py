@@ -39,13 +39,16 @@ class Received:
 
 
 class Exchanges:
-    """``open`` has them by Packet Identifier, from PUBLISH to PUBREL."""
+    """``open`` has them by Packet Identifier, from PUBLISH to PUBREL.
 
-    def __init__(self) -> None:
+    ``resumable``: whether the session can go on with another connection; no other one needs to remember.
+    """
+
+    def __init__(self, *, resumable: bool = True) -> None:
         self.open: dict[int, Received] = {}
         self._released: dict[int, tuple[int, int]] = {}
         """What the last ones said, and on which connection PUBREL came, the oldest first. No identifier is in both."""
-        self._remembers = True
+        self._resumable = self._remembers = resumable
         self._connections = 0
 
     def connect(self) -> None:
@@ -85,4 +88,4 @@ class Exchanges:
         """The broker has forgotten the session."""
         self.open.clear()
         self._released.clear()
-        self._remembers = True
+        self._remembers = self._resumable

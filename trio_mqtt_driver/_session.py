@@ -48,7 +48,7 @@ class Session:
         """While there is no connection: when the broker discards its half."""
         self.ids = PacketIds()
         self.outgoing = OutgoingWindow(self.ids, 1)
-        self.exchanges = Exchanges()
+        self.exchanges = Exchanges(resumable=key is not None)
         self.copies: bool | None = None
         """Whether the broker sends a copy per matching filter and cannot mark them; None until that matters."""
         self.on_processed: Callable[[Message[Any]], object] | None = None
