@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trio_mqtt_driver import Message
-from trio_mqtt_driver._config import Endpoint
+from trio_mqtt_driver import Endpoint, Message
 from trio_mqtt_driver._exchanges import Exchanges
 from trio_mqtt_driver._session import Session, SessionKey
 

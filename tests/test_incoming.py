@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from trio_mqtt_driver import ProtocolError
+from trio_mqtt_driver import Endpoint, ProtocolError
 from trio_mqtt_driver._incoming import IncomingWindow
 from trio_mqtt_driver._packets import PUBACK, PUBCOMP, PUBREC, encode_ack
-from trio_mqtt_driver._session import Session
+from trio_mqtt_driver._session import Session, SessionKey
 from trio_mqtt_driver._types import Message
 
 # pyright: reportPrivateUsage=false
@@ -30,6 +30,10 @@ def done(receiving: IncomingWindow, message: Message[Any], now: float = 0.0, cod
     if not answer:
         receiving.wait(message, now)
     return answer
+
+
+def lasting_session() -> Session:
+    return Session(SessionKey("me", Endpoint(host="broker", port=1883), 5))
 
 
 def acks(first: int, *packet_ids: int) -> bytes:
@@ -80,7 +84,7 @@ def test_a_pubrel_of_nothing_is_completed() -> None:
 
 
 def test_another_connection_of_the_session_knows_what_the_one_before_has_delivered() -> None:
-    session = Session()
+    session = lasting_session()
     first, second, third = (IncomingWindow(10, session.exchanges) for _ in range(3))
     message = incoming(2)
     assert first.publish(message) == (True, b"")
@@ -98,7 +102,7 @@ def test_another_connection_of_the_session_knows_what_the_one_before_has_deliver
 
 
 def test_an_identifier_that_comes_anew_on_another_connection_is_another_message() -> None:
-    session = Session()
+    session = lasting_session()
     first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
     old, new = incoming(2), incoming(2)
     first.publish(old)
@@ -112,7 +116,7 @@ def test_an_identifier_that_comes_anew_on_another_connection_is_another_message(
 
 def test_an_identifier_that_says_something_else_is_another_message_although_it_has_dup() -> None:
     """The broker has lost the exchange, and its first transmission with this identifier was lost with the link."""
-    session = Session()
+    session = lasting_session()
     first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
     old, new = incoming(2, payload=b"old"), incoming(2, dup=True, payload=b"new")
     first.publish(old)
@@ -123,7 +127,7 @@ def test_an_identifier_that_says_something_else_is_another_message_although_it_h
 
 
 def test_what_is_repeated_from_its_publish_on_after_its_pubrel_is_answered_and_not_delivered() -> None:
-    session = Session()
+    session = lasting_session()
     first = IncomingWindow(10, session.exchanges)
     message = incoming(2, 7, payload=b"x")
     first.publish(message)
@@ -140,7 +144,7 @@ def test_what_is_repeated_from_its_publish_on_after_its_pubrel_is_answered_and_n
 
 
 def test_what_the_connection_has_not_brought_yet_is_not_acknowledged_on_it() -> None:
-    session = Session()
+    session = lasting_session()
     first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
     message = incoming(2)
     first.publish(message)
@@ -150,7 +154,7 @@ def test_what_the_connection_has_not_brought_yet_is_not_acknowledged_on_it() -> 
 
 
 def test_repetitions_that_are_processed_wait_for_their_turn_as_well() -> None:
-    session = Session()
+    session = lasting_session()
     first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
     slow, quick = incoming(2, 1), incoming(2, 2)
     for message in (slow, quick):
@@ -285,7 +289,7 @@ def test_a_refused_qos_2_message_ends_its_exchange_with_the_pubrec() -> None:
 
 
 def test_a_refusal_while_the_link_is_down_is_said_on_the_next_one() -> None:
-    session = Session()
+    session = lasting_session()
     first, second = (IncomingWindow(10, session.exchanges) for _ in range(2))
     message = incoming(2)
     first.publish(message)
