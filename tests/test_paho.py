@@ -13,7 +13,14 @@ from hypothesis import given, strategies as st
 from tests.packets import new_reader, texts, topics, versions
 from trio_mqtt_driver import DriverConfig, Endpoint, ProtocolError, ReasonCode, RetainHandling, Will
 from trio_mqtt_driver._inflight import PacketIds
-from trio_mqtt_driver._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect
+from trio_mqtt_driver._paho import (
+    AuthPacket,
+    ConnAck,
+    ControlPackets,
+    ServerDisconnect,
+    _connect_properties,
+    _server_limits,
+)
 from trio_mqtt_driver._properties import encode_varint
 from trio_mqtt_driver._subscribing import SubAck, SubscribeRequest
 from trio_mqtt_driver._types import PayloadFormat, ServerLimits
@@ -162,6 +169,20 @@ async def test_every_property_of_connect_is_in_connect() -> None:
     }
 
 
+async def test_connect_says_what_is_configured_now() -> None:
+    """Blocks of properties are remembered: of several configs each gets its own, again and again."""
+    configs = [
+        DriverConfig(endpoint=ENDPOINT, receive_maximum=receive_maximum, connect_user_properties=properties)
+        for receive_maximum in (5, 6)
+        for properties in ((), [("a", "1")], [("a", "2")])
+    ]
+    for config in configs * 2:
+        packet = await connect_packet(config, 5)
+        assert isinstance(packet, Connect)
+        assert packet.properties["receive_maximum"] == config.receive_maximum
+        assert packet.properties.get("user_properties", ()) == config.connect_user_properties
+
+
 # -- what else goes out ---------------------------------------------------------------------------------------------
 
 
@@ -280,6 +301,29 @@ async def test_every_limit_in_connack_is_read() -> None:
         ),
         b"proof",
     )
+
+
+async def test_what_connack_says_is_not_taken_for_what_another_said() -> None:
+    async with control_packets(5) as control:
+        for maximum in (10, 20, 10, 20):
+            event = fed(control, encode(Connack(properties={"receive_maximum": maximum}), 5))
+            assert event == ConnAck(False, ReasonCode.SUCCESS, ServerLimits(receive_maximum=maximum))
+
+
+async def test_authentication_data_are_not_remembered() -> None:
+    remembered = [_connect_properties, _server_limits]
+    for each in remembered:
+        each.cache_clear()
+    for secret in (b"one", b"two", b"one"):
+        packet = await connect_packet(DriverConfig(endpoint=ENDPOINT, receive_maximum=77), 5, auth=("SCRAM", secret))
+        assert isinstance(packet, Connect)
+        assert packet.properties["authentication_data"] == secret
+        properties: dict[str, Any] = {"authentication_method": "SCRAM", "authentication_data": secret}
+        async with control_packets(5) as control:
+            event = fed(control, encode(Connack(properties=properties), 5))
+        assert isinstance(event, ConnAck)
+        assert event.authentication_data == secret
+    assert [each.cache_info().currsize for each in remembered] == [1, 0]  # `fed` connects without any
 
 
 @pytest.mark.parametrize("size", [268_435_455, 268_435_456, 0xFFFFFFFF])

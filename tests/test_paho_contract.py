@@ -17,19 +17,11 @@ from trio_paho_mqtt import AsyncClient  # type: ignore[import-untyped]  # it has
 
 from trio_mqtt_driver._paho import _PAHO_2, _Client, _make_client, _Pipe
 
-CONNACK = {4: b"\x20\x02\x00\x00", 5: b"\x20\x03\x00\x00\x00"}
 both_versions = pytest.mark.parametrize("version", [4, 5])
 
 
-def connected(version: int) -> tuple[_Client, _Pipe]:
-    client = new(version)
-    client.pipe.incoming += CONNACK[version]
-    client.loop_read()
-    return client, client.pipe
-
-
 def new(version: int) -> _Client:
-    """A client that has written its CONNECT."""
+    """A client that has written its CONNECT; a CONNACK it is never shown."""
     client = _make_client("contract", version, True)
     client.pipe = _Pipe()
     client.next_packet_id = lambda: 77
@@ -69,7 +61,8 @@ def test_the_socket_comes_from_our_hook_and_nothing_else_is_opened(version: int)
 @both_versions
 def test_packet_identifiers_come_from_our_hook(version: int) -> None:
     assert callable(getattr(mqtt.Client, "_mid_generate", None))
-    client, pipe = connected(version)
+    client = new(version)
+    pipe = client.pipe
     assert client.subscribe([("a", 0)])[1] == 77
     assert client.unsubscribe(["a"])[1] == 77
     client.loop_write()
@@ -79,7 +72,8 @@ def test_packet_identifiers_come_from_our_hook(version: int) -> None:
 
 @both_versions
 def test_output_is_complete_after_loop_write(version: int) -> None:
-    client, pipe = connected(version)
+    client = new(version)
+    pipe = client.pipe
     filters = [(f"topic/{number}", 0) for number in range(5000)]
     client.subscribe(filters)
     client.loop_write()
@@ -90,7 +84,8 @@ def test_output_is_complete_after_loop_write(version: int) -> None:
 
 @both_versions
 def test_after_disconnect_was_written_the_pipe_is_closed_but_the_bytes_are_there(version: int) -> None:
-    client, pipe = connected(version)
+    client = new(version)
+    pipe = client.pipe
     client.disconnect()
     client.loop_write()
     assert pipe.outgoing[0] == 0xE0
@@ -118,7 +113,8 @@ def test_the_original_loops_of_trio_paho_mqtt_cannot_run_on_a_trio_of_today() ->
 
 @both_versions
 def test_loop_read_handles_one_packet_a_call(version: int) -> None:
-    client, pipe = connected(version)
+    client = new(version)
+    pipe = client.pipe
     calls = Calls()
     client.on_subscribe = calls
     suback = b"\x90\x04\x00\x01\x00\x00" if version == 5 else b"\x90\x03\x00\x01\x00"
@@ -133,7 +129,8 @@ def test_loop_read_handles_one_packet_a_call(version: int) -> None:
 @both_versions
 def test_a_callback_that_raises_poisons_the_buffer(version: int) -> None:
     """The packet stays, and every later call runs it again: hence callbacks that only append."""
-    client, pipe = connected(version)
+    client = new(version)
+    pipe = client.pipe
     calls: list[int] = []
 
     def on_subscribe(*args: Any) -> None:
@@ -151,14 +148,15 @@ def test_a_callback_that_raises_poisons_the_buffer(version: int) -> None:
 
 @both_versions
 def test_an_empty_pipe_is_no_error(version: int) -> None:
-    client, _ = connected(version)
+    client = new(version)
     assert client.loop_read() == mqtt.MQTT_ERR_SUCCESS
     assert client.socket() is not None
 
 
 def test_an_auth_packet_is_an_error_to_paho() -> None:
     """Hence enhanced authentication is ours to put together."""
-    client, pipe = connected(5)
+    client = new(5)
+    pipe = client.pipe
     pipe.incoming += b"\xf0\x00"
     assert client.loop_read() == mqtt.MQTT_ERR_PROTOCOL
 
@@ -166,7 +164,8 @@ def test_an_auth_packet_is_an_error_to_paho() -> None:
 @both_versions
 def test_there_is_no_limit_to_an_incoming_packet(version: int) -> None:
     """Hence the packet reader has one."""
-    client, pipe = connected(version)
+    client = new(version)
+    pipe = client.pipe
     pipe.incoming += b"\x30\xff\xff\xff\x7f"
     assert client.loop_read() == mqtt.MQTT_ERR_SUCCESS
 
@@ -241,7 +240,8 @@ def test_paho_takes_no_maximum_packet_size_beyond_the_largest_packet(size: int) 
 
 
 def test_on_subscribe_is_given_identifier_and_codes() -> None:
-    client, pipe = connected(5)
+    client = new(5)
+    pipe = client.pipe
     calls = Calls()
     client.on_subscribe = calls
     pipe.incoming += b"\x90\x06\x00\x01\x00\x00\x02\x87"
@@ -252,7 +252,8 @@ def test_on_subscribe_is_given_identifier_and_codes() -> None:
 
 
 def test_on_subscribe_is_given_identifier_and_codes_with_3_1_1() -> None:
-    client, pipe = connected(4)
+    client = new(4)
+    pipe = client.pipe
     calls = Calls()
     client.on_subscribe = calls
     pipe.incoming += b"\x90\x05\x00\x01\x00\x02\x80"
@@ -264,7 +265,8 @@ def test_on_subscribe_is_given_identifier_and_codes_with_3_1_1() -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_on_unsubscribe_is_given_codes_at_another_place_by_each_generation_of_paho(count: int) -> None:
-    client, pipe = connected(5)
+    client = new(5)
+    pipe = client.pipe
     calls = Calls()
     client.on_unsubscribe = calls
     pipe.incoming += bytes((0xB0, 3 + count, 0, 1, 0)) + bytes((0x11,)) * count
@@ -281,7 +283,8 @@ def test_on_unsubscribe_is_given_codes_at_another_place_by_each_generation_of_pa
 
 
 def test_on_unsubscribe_is_given_no_codes_with_3_1_1() -> None:
-    client, pipe = connected(4)
+    client = new(4)
+    pipe = client.pipe
     calls = Calls()
     client.on_unsubscribe = calls
     pipe.incoming += b"\xb0\x02\x00\x01"
@@ -293,7 +296,8 @@ def test_on_unsubscribe_is_given_no_codes_with_3_1_1() -> None:
 @both_versions
 def test_a_suback_with_fewer_codes_than_filters_is_accepted_by_paho(version: int) -> None:
     """Hence the connection counts them."""
-    client, pipe = connected(version)
+    client = new(version)
+    pipe = client.pipe
     calls = Calls()
     client.on_subscribe = calls
     client.subscribe([("a", 0), ("b", 0)])
@@ -304,7 +308,8 @@ def test_a_suback_with_fewer_codes_than_filters_is_accepted_by_paho(version: int
 
 def test_a_topic_that_is_not_utf_8_is_handed_out_and_raises_later() -> None:
     """Hence our own decoder refuses it where it is read."""
-    client, pipe = connected(4)
+    client = new(4)
+    pipe = client.pipe
     messages: list[Any] = []
     client.on_message = lambda _client, _userdata, message: messages.append(message)
     pipe.incoming += b"\x30\x03\x00\x01\xff"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations, product
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trio_mqtt_driver import DriverClosedError, ReasonCode, RetainHandling, SubscriptionOptions
-from trio_mqtt_driver._registry import OWN_IDENTIFIERS, Registration, Registry, Standing
+from trio_mqtt_driver._registry import OWN_IDENTIFIERS, Batch, Registration, Registry, Standing
 from trio_mqtt_driver.testing._filters import matches, split_share  # the independent, plain ones
 
 OK = ReasonCode.SUCCESS
@@ -57,8 +57,14 @@ def overlap(one: str, other: str) -> bool:
 
 def grant_all(wanted: Registry[str], generation: int = 1) -> None:
     for batch in wanted.take_due(size=100, max_bytes=None):
-        for registration, revision in zip(batch.registrations, batch.revisions, strict=True):
-            wanted.answer(registration, revision, OK, generation)
+        wanted.answer(batch, [OK] * len(batch.registrations), generation)
+
+
+def answer(
+    wanted: Registry[Any], registration: Registration[Any], revision: int, code: ReasonCode = OK, generation: int = 1
+) -> None:
+    """The broker answers for one filter."""
+    wanted.answer(Batch([registration], [revision], registration.identifier, ()), [code], generation)
 
 
 # -- sharing --------------------------------------------------------------------------------------------------------
@@ -144,14 +150,17 @@ def test_a_refusal_is_visible_until_a_later_session_grants() -> None:
     wanted = registry()
     registration, revision = wanted.add("a", options(), "m1")
     wanted.take_due(size=10, max_bytes=None)
-    wanted.answer(registration, revision, ReasonCode.NOT_AUTHORIZED, 1)
+    answer(wanted, registration, revision, ReasonCode.NOT_AUTHORIZED)
     assert wanted.degraded == [registration]
     assert registration.generation == 1
     wanted.begin()
     assert wanted.degraded == []
     grant_all(wanted, generation=2)
     assert registration.standing is Standing.GRANTED
-    assert registration.generation == 2
+    assert registration.generation == 1  # it is an answer to the same revision
+    wanted.add("a", options(), "m2")
+    grant_all(wanted, generation=3)
+    assert registration.generation == 3
 
 
 def test_an_answer_to_an_older_revision_leaves_the_newer_one_due() -> None:
@@ -159,7 +168,7 @@ def test_an_answer_to_an_older_revision_leaves_the_newer_one_due() -> None:
     registration, old = wanted.add("a", options(), "m1")
     wanted.take_due(size=10, max_bytes=None)
     wanted.add("a", options(2), "m2")
-    wanted.answer(registration, old, OK, 1)
+    answer(wanted, registration, old)
     assert registration.standing is Standing.DUE
     (batch,) = wanted.take_due(size=10, max_bytes=None)
     assert (batch.registrations, batch.revisions) == ([registration], [old + 1])
@@ -179,10 +188,10 @@ async def test_who_subscribes_waits_for_the_answer_to_its_own_revision() -> None
         nursery.start_soon(wait, first)
         nursery.start_soon(wait, second)
         await trio.testing.wait_all_tasks_blocked()
-        wanted.answer(registration, first, OK, 1)
+        answer(wanted, registration, first)
         await trio.testing.wait_all_tasks_blocked()
         assert codes == [OK]
-        wanted.answer(registration, second, ReasonCode.QUOTA_EXCEEDED, 1)
+        answer(wanted, registration, second, ReasonCode.QUOTA_EXCEEDED)
     assert codes == [OK, ReasonCode.QUOTA_EXCEEDED]
 
 
@@ -371,7 +380,7 @@ class RegistryMachine(RuleBasedStateMachine):
                     if not refused:
                         self.known[subscribe.topic_filter] = (subscribe.qos, identifier)
                     code = ReasonCode.NOT_AUTHORIZED if refused else ReasonCode(subscribe.qos)
-                    self.wanted.answer(registration, revision, code, self.generation)
+                    answer(self.wanted, registration, revision, code, self.generation)
             yield
 
     @rule(topic_filter=st.sampled_from(FILTERS), qos=st.integers(0, 2))

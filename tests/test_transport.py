@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import errno
+import os
+import socket
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -137,6 +139,47 @@ async def test_opening_can_be_cancelled() -> None:
         with trio.move_on_after(0.05) as scope:
             await open_stream(config(port, scheme="mqtts"))
         assert scope.cancelled_caught
+
+
+async def test_an_address_that_is_given_up_leaves_no_socket() -> None:
+    async with serving(_silent) as port:
+        before = len(os.listdir("/dev/fd"))  # noqa: PTH208  # iterdir() would open one more
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await open_stream(config(port))
+        assert scope.cancelled_caught
+        assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208
+
+
+class Spawned(trio.abc.Instrument):
+    """Counts tasks."""
+
+    count = 0
+
+    def task_spawned(self, task: object) -> None:  # noqa: ARG002  # Trio's name
+        self.count += 1
+
+
+@pytest.mark.parametrize("host, tasks", [("127.0.0.1", False), ("localhost", True)])
+async def test_an_address_is_not_looked_up_and_has_no_eyeballs(host: str, tasks: bool) -> None:
+    """They take tasks, which a reconnect to an address does not need to wait for."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        spawned = Spawned()
+        trio.lowlevel.add_instrument(spawned)
+        stream = await open_stream(config(server.getsockname()[1], host))
+        trio.lowlevel.remove_instrument(spawned)
+        await stream.aclose()
+    assert (spawned.count > 0) == tasks
+
+
+async def test_an_address_of_version_6_is_one() -> None:
+    """Refused, or not even there on a machine without IPv6; in either case it is told once."""
+    async with serving(echo) as port:
+        pass
+    error = await failure(config(port, "::1"))
+    assert isinstance(error, TransportError)
+    assert str(error).startswith(f"connecting to mqtt://[::1]:{port}: ")
+    assert str(error).count("::1") == 1
 
 
 async def _silent(stream: trio.SocketStream) -> None:

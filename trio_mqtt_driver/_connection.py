@@ -159,8 +159,12 @@ class Connection:
             self.ended = True
             self.receiver.close()
             self.sender.close()
+            direct = DirectSocket.of(self._stream)
             try:
-                await trio.aclose_forcefully(self._stream)
+                if direct is None:
+                    await trio.aclose_forcefully(self._stream)
+                else:  # without a turn of the scheduler
+                    direct.close()
             finally:  # it closes the stream even if we are cancelled, but then raises
                 self._settle_all()
 

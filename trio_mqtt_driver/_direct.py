@@ -55,3 +55,6 @@ class DirectSocket:
                 continue
             except OSError as exc:
                 raise trio.BrokenResourceError(f"socket connection broken: {exc}") from exc
+
+    def close(self) -> None:
+        self._socket.close()

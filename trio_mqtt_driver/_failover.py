@@ -98,6 +98,11 @@ class Failover:
 
     # -- the way back -------------------------------------------------------------------------------------------------
 
+    @property
+    def compares(self) -> bool:
+        """Whether something is preferred to the live endpoint, and shall be tested."""
+        return self._endpoints.next_check() is not None
+
     async def wait_better(self, generation: int) -> Endpoint | None:
         """Test what is preferred to the live endpoint, from time to time, until the driver should go there.
 

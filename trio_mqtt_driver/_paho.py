@@ -9,7 +9,8 @@ Rules that keep paho harmless here, each pinned by ``tests/test_paho_contract.py
 
 - Callbacks only append to a list. One that raised would leave its packet in paho's buffer, to be run again by every
   later ``loop_read()``.
-- A refused CONNACK is never shown to paho: for two codes it would open a new connection by itself.
+- CONNACK is never shown to paho: for two refusals it would open a new connection by itself, and it would read the
+  properties once more, by narrower rules. It unsubscribes and disconnects as well without.
 - ``loop_misc()`` is never called: it keeps time by ``time.monotonic()``, and closes the socket behind our back.
 - One whole packet is fed at a time, since ``loop_read()`` handles only one packet a call.
 - Whatever paho raises on a packet is the packet's fault: paho checks lengths by letting ``struct`` fail.
@@ -18,6 +19,7 @@ Rules that keep paho harmless here, each pinned by ``tests/test_paho_contract.py
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import attrs
@@ -38,6 +40,9 @@ _PropertiesOf: Callable[[int], Any] = Properties  # paho leaves this class witho
 _PAHO_2 = hasattr(mqtt, "CallbackAPIVersion")
 
 _LARGEST_PACKET = 268_435_455  # the most that paho lets Maximum Packet Size be
+_AUTHENTICATION_DATA = b"\x16"
+_REMEMBERED = 16
+"""Property blocks that are known by heart. paho makes tables for each; on a reconnect they are what they were."""
 
 # CONNACK return codes of 3.1.1 [MQTT-3.2.2.3] as MQTT 5 says them.
 _RETURN_CODES = {
@@ -136,6 +141,22 @@ def _properties(kind: int, values: dict[str, Any], user_properties: UserProperti
     return properties
 
 
+class _Packed:
+    """Properties that are packed already."""
+
+    def __init__(self, properties: Any) -> None:
+        self._packed = bytes(properties.pack())
+
+    def pack(self) -> bytes:
+        return self._packed
+
+
+@lru_cache(_REMEMBERED)
+def _connect_properties(values: tuple[tuple[str, Any], ...], user_properties: UserProperties) -> Any:
+    """The same for each connection; ``values`` hold no secrets, which would stay here."""
+    return _Packed(_properties(PacketTypes.CONNECT, dict(values), user_properties))
+
+
 class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
     """The control packets of one connection, and its three loops, which ``start()`` puts in its nursery."""
 
@@ -204,20 +225,23 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         if not self._version5:
             self._client.connect("memory", 1883, config.keep_alive)
             return self.take_output()
-        properties = _properties(
-            PacketTypes.CONNECT,
-            {
-                "SessionExpiryInterval": config.session_expiry if config.stable_id else None,
-                "ReceiveMaximum": config.receive_maximum,
-                "MaximumPacketSize": config.maximum_packet_size,
-                "TopicAliasMaximum": config.topic_alias_maximum or None,
-                "RequestResponseInformation": 1 if config.request_response_information else None,
-                "RequestProblemInformation": None if config.request_problem_information else 0,
-                "AuthenticationMethod": None if authentication is None else authentication[0],
-                "AuthenticationData": None if authentication is None else authentication[1],
-            },
-            config.connect_user_properties,
+        values = (
+            ("SessionExpiryInterval", config.session_expiry if config.stable_id else None),
+            ("ReceiveMaximum", config.receive_maximum),
+            ("MaximumPacketSize", config.maximum_packet_size),
+            ("TopicAliasMaximum", config.topic_alias_maximum or None),
+            ("RequestResponseInformation", 1 if config.request_response_information else None),
+            ("RequestProblemInformation", None if config.request_problem_information else 0),
         )
+        if authentication is None:
+            properties = _connect_properties(values, config.connect_user_properties)
+        else:
+            method, data = authentication
+            properties = _properties(
+                PacketTypes.CONNECT,
+                {**dict(values), "AuthenticationMethod": method, "AuthenticationData": data},
+                config.connect_user_properties,
+            )
         self._client.connect("memory", 1883, config.keep_alive, clean_start=self._clean_start, properties=properties)
         return self.take_output()
 
@@ -305,13 +329,9 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
             raise ProtocolError(f"malformed packet: CONNACK of {len(body)} bytes after its header")
         else:
             code = _code(body[1])
-            limits, data = _server_limits(_unpack(PacketTypes.CONNACK, body[2:]))
+            limits, data = _said(body[2:])
         if body[0] > 1:
             raise ProtocolError(f"malformed packet: CONNACK with flags 0x{body[0]:02x} [MQTT-3.2.2-1]")
-        if code == ReasonCode.SUCCESS:
-            # All that paho must know; it would read the properties once more, by narrower rules.
-            self._pipe.incoming += b"\x20\x03\0\0\0" if self._version5 else b"\x20\x02\0\0"
-            self._client.loop_read()
         return ConnAck(bool(body[0]), code, limits, data)
 
 
@@ -351,13 +371,21 @@ def _unpack(kind: int, data: bytes) -> Any:
     if length != len(data):
         raise ProtocolError(f"malformed packet: {len(data) - length} bytes behind the properties [MQTT-2.2.2.1]")
     secret = getattr(properties, "AuthenticationData", None)
-    if secret is not None and b"\x16" + len(secret).to_bytes(2, "big") + secret not in data:
+    if secret is not None and _AUTHENTICATION_DATA + len(secret).to_bytes(2, "big") + secret not in data:
         # paho 1 takes a value that is cut short for a shorter one.
         raise ProtocolError("malformed packet: Authentication Data longer than their packet [MQTT-2.2.2]")
     return properties
 
 
-def _server_limits(properties: Any) -> tuple[ServerLimits, bytes | None]:
+def _said(data: bytes) -> tuple[ServerLimits, bytes | None]:
+    """What the properties of a CONNACK say; authentication data are not remembered."""
+    return _server_limits.__wrapped__(data) if _AUTHENTICATION_DATA in data else _server_limits(data)
+
+
+@lru_cache(_REMEMBERED)
+def _server_limits(data: bytes) -> tuple[ServerLimits, bytes | None]:
+    properties = _unpack(PacketTypes.CONNACK, data)
+
     def get(name: str, default: Any = None) -> Any:
         return getattr(properties, name, default)
 

@@ -48,7 +48,8 @@ async def _ping(connection: Connection) -> str:
 
 
 async def _publish(connection: Connection, topic: str) -> None:
-    await connection.sender.wait_room()
+    if not connection.sender.ready:
+        await connection.sender.wait_room()
     now = trio.current_time()
     outgoing = Outgoing(topic, check_topic(topic, "probe_topic"), connection.client_id.encode(), 1, False, b"\0", now)
     error = publish_error(connection.limits, outgoing)

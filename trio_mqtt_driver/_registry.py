@@ -17,7 +17,8 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar
+from itertools import compress
+from typing import Any, Generic, TypeVar
 
 import attrs
 import trio
@@ -60,6 +61,17 @@ class Standing(enum.Enum):
     REFUSED = "refused"
 
 
+def _make_request(registration: Registration[Any]) -> SubscribeRequest:
+    options = registration.options
+    return SubscribeRequest(
+        topic_filter=registration.topic_filter,
+        qos=options.qos,
+        no_local=options.no_local,
+        retain_as_published=options.retain_as_published,
+        retain_handling=options.retain_handling,
+    )
+
+
 @attrs.define(eq=False)
 class Registration(Generic[M]):
     """One Topic Filter that the broker shall know."""
@@ -74,39 +86,28 @@ class Registration(Generic[M]):
     standing: Standing = Standing.DUE
     reason_code: ReasonCode | None = None
     """What the last SUBACK said; None before the first."""
-    generation: int = 0
-    """The one that answered last."""
     revision: int = 0
     renew: bool = False
     """Whether it is sent on each connection, even if the session goes on: somebody needs the retained messages."""
-    told: bool = False
-    """Whether a SUBSCRIBE for it went to the present session."""
+    told: int = 0
+    """The session that a SUBSCRIBE for it went to last, as the registry counts them."""
     answered: int = 0
-    """The revision that the last SUBACK was for."""
+    """The highest revision that a SUBACK was for."""
+    generation: int = 0
+    """The one that brought it."""
     waiter: trio.Event | None = None
     """For the next change, if somebody waits for it."""
-    _requested: SubscriptionOptions | None = None
-    """What ``_request`` was made of."""
-    _request: SubscribeRequest | None = None
+    request: SubscribeRequest = attrs.field(init=False, default=attrs.Factory(_make_request, takes_self=True))
+    """As the broker is asked for it."""
 
     @property
     def plain_filter(self) -> str:
         return split_share(self.topic_filter)[1]
 
-    @property
-    def request(self) -> SubscribeRequest:
-        options = self.options
-        if options is not self._requested:
-            self._requested = options
-            self._request = SubscribeRequest(
-                topic_filter=self.topic_filter,
-                qos=options.qos,
-                no_local=options.no_local,
-                retain_as_published=options.retain_as_published,
-                retain_handling=options.retain_handling,
-            )
-        assert self._request is not None
-        return self._request
+    def ask(self, options: SubscriptionOptions) -> None:
+        """Have it asked for with other options."""
+        self.options = options
+        self.request = _make_request(self)
 
     def wake(self) -> None:
         """Somebody may wait for a change."""
@@ -138,6 +139,14 @@ class Batch(Generic[M]):
     identifier: int | None
     user_properties: tuple[tuple[str, str], ...]
 
+    def part(self, which: list[bool]) -> Batch[M]:
+        """A batch of those for which ``which`` says True."""
+        return attrs.evolve(
+            self,
+            registrations=list(compress(self.registrations, which)),
+            revisions=list(compress(self.revisions, which)),
+        )
+
 
 class Registry(Generic[M]):
     """All registrations, and which of them the broker must still be told."""
@@ -150,6 +159,7 @@ class Registry(Generic[M]):
         self._routes: FilterTrie[Registration[M]] = FilterTrie()
         self._classes: list[FilterTrie[Registration[M]]] = []
         self._class_of: dict[Registration[M], FilterTrie[Registration[M]]] = {}
+        self._session = 1
         self._work = trio.Event()
         self._closed = False
         self.version = 0
@@ -173,7 +183,8 @@ class Registry(Generic[M]):
     @property
     def degraded(self) -> list[Registration[M]]:
         """Those that the broker refuses."""
-        return [registration for registration in self if registration.standing is Standing.REFUSED]
+        refused = Standing.REFUSED
+        return [registration for registration in self if registration.standing is refused]
 
     def add(self, topic_filter: str, options: SubscriptionOptions, member: M) -> tuple[Registration[M], int]:
         """Want a filter. Returns its registration and the revision of it that ``member`` needs.
@@ -200,7 +211,7 @@ class Registry(Generic[M]):
             # Subscribed again even at the same QoS: that is what makes the broker send the newcomer the retained
             # messages. Members that were there before see them again, marked as retained.
             if options.qos > registration.options.qos:
-                registration.options = options
+                registration.ask(options)
         registration.members.append(member)
         registration.wishes[member] = options.qos
         registration.revision += 1
@@ -231,7 +242,7 @@ class Registry(Generic[M]):
         if registration.members:
             if registration.standing is Standing.REFUSED:
                 # It was the newcomer's wish that was refused: back to what the others had.
-                registration.options = attrs.evolve(registration.options, qos=max(registration.wishes.values()))
+                registration.ask(attrs.evolve(registration.options, qos=max(registration.wishes.values())))
                 registration.revision += 1
                 self._make_due(registration)
             return None
@@ -243,7 +254,7 @@ class Registry(Generic[M]):
         filters = self._class_of.pop(registration, None)
         if filters is not None:
             filters.remove(registration.plain_filter, registration)
-        if not registration.told:
+        if registration.told != self._session:
             return None
         leaving = self._leaving.setdefault(topic_filter, Leaving(topic_filter))
         self._work.set()
@@ -271,9 +282,10 @@ class Registry(Generic[M]):
         """A new session: the broker knows nothing, so what was to be forgotten is."""
         for topic_filter in list(self._leaving):
             self.left(topic_filter, ReasonCode.SUCCESS)
-        for registration in self:
-            registration.told = False
-            registration.standing = Standing.DUE
+        self._session += 1
+        due = Standing.DUE  # here and below: a member of an Enum takes long to look up
+        for registration in self._wanted.values():
+            registration.standing = due
         self._due.update(self._wanted)
         if self._due:
             self._work.set()
@@ -320,11 +332,17 @@ class Registry(Generic[M]):
         else:
             self._due.clear()
         groups: dict[tuple[int | None, tuple[tuple[str, str], ...]], list[Registration[M]]] = {}
+        group: list[Registration[M]] = []
+        identifier: int | None = -1  # nobody's
+        user_properties: tuple[tuple[str, str], ...] = ()
+        session, sent = self._session, Standing.SENT
         for registration in due:
-            registration.standing = Standing.SENT
-            registration.told = True
-            key = (registration.identifier, registration.options.user_properties)
-            groups.setdefault(key, []).append(registration)
+            registration.standing = sent
+            registration.told = session
+            if registration.identifier != identifier or registration.options.user_properties is not user_properties:
+                identifier, user_properties = registration.identifier, registration.options.user_properties
+                group = groups.setdefault((identifier, user_properties), [])
+            group.append(registration)
         batches: list[Batch[M]] = []
         for (identifier, user_properties), registrations in groups.items():
             overhead = 16 + sum(8 + len(name.encode()) + len(value.encode()) for name, value in user_properties)
@@ -334,21 +352,16 @@ class Registry(Generic[M]):
                 batches.append(Batch(some, revisions, identifier, user_properties))
         return batches
 
-    def answer(self, registration: Registration[M], revision: int, code: ReasonCode, generation: int) -> None:
-        """The broker answered for a filter as it was at ``revision``."""
-        self.answers([(registration, revision)], [code], generation)
-
-    def answers(
-        self, sent: Iterable[tuple[Registration[M], int]], codes: Iterable[ReasonCode], generation: int
-    ) -> None:
-        """The same for many: a replay has thousands."""
-        for (registration, revision), code in zip(sent, codes, strict=True):
+    def answer(self, batch: Batch[M], codes: Iterable[ReasonCode], generation: int) -> None:
+        """The broker answered for the filters of a batch as they were at its revisions."""
+        sent, granted, refused = Standing.SENT, Standing.GRANTED, Standing.REFUSED
+        for registration, revision, code in zip(batch.registrations, batch.revisions, codes, strict=True):
             registration.reason_code = code
             if registration.answered < revision:
                 registration.answered = revision
-            registration.generation = generation
-            if registration.revision == revision and registration.standing is Standing.SENT:
-                registration.standing = Standing.REFUSED if code >= 0x80 else Standing.GRANTED
+                registration.generation = generation
+            if registration.revision == revision and registration.standing is sent:
+                registration.standing = refused if code >= 0x80 else granted
             if registration.waiter is not None:
                 registration.wake()
 

@@ -10,7 +10,7 @@ from ._connection import Connection
 from ._errors import AckTimeoutError
 from ._limits import subscribe_refusal, takes_all
 from ._probe import sends_copies
-from ._registry import Batch, Registration, Registry
+from ._registry import Batch, Registry
 from ._replies import Reply
 from ._types import ReasonCode
 
@@ -72,30 +72,28 @@ def _split(filters: list[str], size: int, max_bytes: int | None) -> list[list[st
 
 
 async def _subscribe(connection: Connection, registry: Registry[Any], batches: list[Batch[Any]]) -> None:
-    requests: list[tuple[list[tuple[Registration[Any], int]], Reply[tuple[ReasonCode, ...]]]] = []
+    requests: list[tuple[Batch[Any], Reply[tuple[ReasonCode, ...]]]] = []
     unlimited = takes_all(connection.limits)
     for batch in batches:
-        sent = list(zip(batch.registrations, batch.revisions, strict=True))
-        if not unlimited:
-            sent = [one for one in sent if not _refused(connection, registry, batch, *one)]
-        if sent:
+        sent = batch if unlimited else _without_refused(connection, registry, batch)
+        if sent.registrations:
             reply = connection.subscribe(
-                [registration.request for registration, _ in sent], batch.identifier, batch.user_properties
+                [registration.request for registration in sent.registrations], sent.identifier, sent.user_properties
             )
             requests.append((sent, reply))
     for sent, reply in requests:
-        codes = await _answer(connection, reply, "SUBSCRIBE")
-        registry.answers(sent, codes, connection.generation)
+        registry.answer(sent, await _answer(connection, reply, "SUBSCRIBE"), connection.generation)
 
 
-def _refused(
-    connection: Connection, registry: Registry[Any], batch: Batch[Any], registration: Registration[Any], revision: int
-) -> bool:
-    """Whether the broker has said in CONNACK that it does not take this filter: then that is the answer."""
-    refusal = subscribe_refusal(connection.limits, registration.topic_filter, batch.user_properties)
-    if refusal is not None:
-        registry.answer(registration, revision, refusal, connection.generation)
-    return refusal is not None
+def _without_refused(connection: Connection, registry: Registry[Any], batch: Batch[Any]) -> Batch[Any]:
+    """Of a batch, what the broker has not said in CONNACK that it does not take; for the others that is the answer."""
+    refusals = [
+        subscribe_refusal(connection.limits, registration.topic_filter, batch.user_properties)
+        for registration in batch.registrations
+    ]
+    codes = [code for code in refusals if code is not None]
+    registry.answer(batch.part([code is not None for code in refusals]), codes, connection.generation)
+    return batch.part([code is None for code in refusals])
 
 
 async def _answer(connection: Connection, reply: Reply[tuple[ReasonCode, ...]], what: str) -> tuple[ReasonCode, ...]:

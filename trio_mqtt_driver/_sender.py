@@ -131,10 +131,15 @@ class Sender:
         """Whether the window has."""
         return self._window.free > 0
 
+    @property
+    def ready(self) -> bool:
+        """Whether it has, and holds nothing that is to be sent first."""
+        return self._window.free > 0 and not self._window.has_unsent
+
     async def wait_room(self) -> None:
-        """Return when the window takes a message of QoS 1 or 2."""
+        """Return when a message of QoS 1 or 2 may be sent."""
         await trio.lowlevel.checkpoint()
-        while self._window.has_unsent or self._window.free <= 0:
+        while not self.ready:
             self._acknowledged = trio.Event()
             await self._acknowledged.wait()
 

@@ -255,8 +255,10 @@ class Supervisor:
         self._go_live(connection)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_synchronised, connection)
-            nursery.start_soon(self._look_for_better)
-            nursery.start_soon(self._presence.insist, connection)
+            if self._failover.compares:
+                nursery.start_soon(self._look_for_better)
+            if connection.config.availability is not None:
+                nursery.start_soon(self._presence.insist, connection)
             if connection.config.refill_rate < math.inf:
                 nursery.start_soon(connection.sender.pace)
             with trio.move_on_after(self._backoff.stable_after):
@@ -333,6 +335,9 @@ class Supervisor:
             backoff = self.config.backoff
             delay = Delay(min(delay.seconds, max(backoff.start, backoff.min_interval) if live else backoff.start))
         self._enter_back_off(what, delay, error)
+        if not delay.seconds:
+            await trio.lowlevel.checkpoint()
+            return
         self._next_attempt_at = now + delay.seconds
         with trio.move_on_at(self._next_attempt_at):
             await self._wake.wait()
