@@ -22,7 +22,7 @@ from trio_mqtt_driver._paho import (
     _server_limits,
 )
 from trio_mqtt_driver._properties import encode_varint
-from trio_mqtt_driver._subscribing import SubAck, SubscribeRequest
+from trio_mqtt_driver._subscribing import SubAck, pack_filter
 from trio_mqtt_driver._types import PayloadFormat, ServerLimits
 from trio_mqtt_driver.testing import (
     Auth,
@@ -187,19 +187,13 @@ async def test_connect_says_what_is_configured_now() -> None:
 
 
 async def test_subscribe_has_every_option() -> None:
-    requests = [
-        SubscribeRequest(topic_filter="a/#", qos=1),
-        SubscribeRequest(
-            topic_filter="+/b",
-            qos=2,
-            no_local=True,
-            retain_as_published=True,
-            retain_handling=RetainHandling.SEND_IF_NEW,
-        ),
-        SubscribeRequest(topic_filter="$share/g/c", qos=0, retain_handling=RetainHandling.DO_NOT_SEND),
+    filters = [
+        pack_filter("a/#", 1),
+        pack_filter("+/b", 2, no_local=True, retain_as_published=True, retain_handling=RetainHandling.SEND_IF_NEW),
+        pack_filter("$share/g/c", 0, retain_handling=RetainHandling.DO_NOT_SEND),
     ]
     async with connected(5) as control:
-        packet_id, data = control.subscribe_packet(requests, 268_435_455, [("a", "1"), ("a", "2")])
+        packet_id, data = control.subscribe_packet(filters, 268_435_455, [("a", "1"), ("a", "2")])
     assert decoded(data, version=5) == [
         Subscribe(
             packet_id=packet_id,
@@ -217,9 +211,7 @@ async def test_subscribe_has_every_option() -> None:
 
 async def test_subscribe_of_3_1_1_has_filters_and_qos_only() -> None:
     async with connected(4) as control:
-        packet_id, data = control.subscribe_packet(
-            [SubscribeRequest(topic_filter="a", qos=1, no_local=True)], 5, [("a", "1")]
-        )
+        packet_id, data = control.subscribe_packet([pack_filter("a", 1, no_local=True)], 5, [("a", "1")])
     assert decoded(data, version=4) == [
         Subscribe(packet_id=packet_id, requests=(SubscriptionRequest(topic_filter="a", qos=1),))
     ]
@@ -228,7 +220,7 @@ async def test_subscribe_of_3_1_1_has_filters_and_qos_only() -> None:
 @both_versions
 async def test_packet_identifiers_are_ours(version: int) -> None:
     async with connected(version) as control:
-        first, _ = control.subscribe_packet([SubscribeRequest(topic_filter="a", qos=0)], None, ())
+        first, _ = control.subscribe_packet([pack_filter("a", 0)], None, ())
         second, data = control.unsubscribe_packet(["a", "b/#"])
     assert (first, second) == (1, 2)
     assert decoded(data, version=version) == [Unsubscribe(packet_id=2, topic_filters=("a", "b/#"))]

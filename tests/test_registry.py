@@ -172,7 +172,7 @@ def test_an_answer_to_an_older_revision_leaves_the_newer_one_due() -> None:
     assert registration.standing is Standing.DUE
     (batch,) = wanted.take_due(size=10, max_bytes=None)
     assert (batch.registrations, batch.revisions) == ([registration], [old + 1])
-    assert batch.registrations[0].request.qos == 2
+    assert batch.registrations[0].packed == b"\x00\x01a\x02"
 
 
 async def test_who_subscribes_waits_for_the_answer_to_its_own_revision() -> None:
@@ -368,18 +368,18 @@ class RegistryMachine(RuleBasedStateMachine):
             batches = self.wanted.take_due(size=2, max_bytes=None)
             requests = [
                 [
-                    (each, each.request, batch.identifier, revision)
+                    (each, each.options, batch.identifier, revision)
                     for each, revision in zip(batch.registrations, batch.revisions, strict=True)
                 ]
                 for batch in batches
             ]
             for request in requests:
                 yield
-                for registration, subscribe, identifier, revision in request:
-                    refused = subscribe.topic_filter.startswith("$x")
+                for registration, asked, identifier, revision in request:
+                    refused = registration.topic_filter.startswith("$x")
                     if not refused:
-                        self.known[subscribe.topic_filter] = (subscribe.qos, identifier)
-                    code = ReasonCode.NOT_AUTHORIZED if refused else ReasonCode(subscribe.qos)
+                        self.known[registration.topic_filter] = (asked.qos, identifier)
+                    code = ReasonCode.NOT_AUTHORIZED if refused else ReasonCode(asked.qos)
                     answer(self.wanted, registration, revision, code, self.generation)
             yield
 

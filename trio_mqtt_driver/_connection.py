@@ -44,7 +44,7 @@ from ._receiver import Receiver
 from ._replies import Ping, Reply, Request
 from ._sender import Sender
 from ._session import Session
-from ._subscribing import SubAck, SubscribeRequest
+from ._subscribing import SubAck, needs_5
 from ._transport import lost
 from ._types import Message, ReasonCode, ServerLimits, UserProperties
 from ._writer import Writer
@@ -224,17 +224,18 @@ class Connection:
         return self.version == 5 and self.limits.identifiers_available and self.config.subscription_identifiers
 
     def subscribe(
-        self, requests: list[SubscribeRequest], identifier: int | None, user_properties: UserProperties = ()
+        self, filters: list[bytes], identifier: int | None, user_properties: UserProperties = ()
     ) -> Reply[tuple[ReasonCode, ...]]:
+        """Topic Filters with their options, as ``pack_filter`` makes them."""
         if not self.limits.identifiers_available:
             identifier = None
-        if self.version != 5 and any(request.needs_5 for request in requests):
+        if self.version != 5 and any(needs_5(packed) for packed in filters):
             self._warn_once(
                 "the broker speaks 3.1.1: no_local, retain_as_published and retain_handling need MQTT 5 "
                 "and are left out"
             )
-        packet_id, packet = self._control.subscribe_packet(requests, identifier, user_properties)
-        return self._request(packet_id, packet, Request(len(requests), unsubscribe=False, reply=Reply()))
+        packet_id, packet = self._control.subscribe_packet(filters, identifier, user_properties)
+        return self._request(packet_id, packet, Request(len(filters), unsubscribe=False, reply=Reply()))
 
     def _warn_once(self, words: str) -> None:
         if words not in self._warned:

@@ -33,7 +33,7 @@ from ._config import DriverConfig, Will
 from ._errors import ProtocolError
 from ._packets import AUTH, CONNACK, DISCONNECT, SUBACK, UNSUBACK, packet_name
 from ._properties import encode_varint
-from ._subscribing import SubAck, SubscribeRequest, decode_suback, encode_subscribe
+from ._subscribing import SubAck, decode_suback, encode_subscribe
 from ._types import ReasonCode, ServerLimits, UserProperties
 
 _PropertiesOf: Callable[[int], Any] = Properties  # paho leaves this class without annotations
@@ -264,12 +264,12 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
         self._client.will_set(will.topic, will.payload, will.qos, will.retain, properties)
 
     def subscribe_packet(
-        self, requests: Sequence[SubscribeRequest], identifier: int | None, user_properties: UserProperties
+        self, filters: Sequence[bytes], identifier: int | None, user_properties: UserProperties
     ) -> tuple[int, bytes]:
         """Returns the Packet Identifier and the SUBSCRIBE packet; identifier and properties are for all filters."""
         packet_id = self._next_packet_id()
         return packet_id, encode_subscribe(
-            packet_id, requests, version5=self._version5, identifier=identifier, user_properties=user_properties
+            packet_id, filters, version5=self._version5, identifier=identifier, user_properties=user_properties
         )
 
     def unsubscribe_packet(self, filters: Sequence[str]) -> tuple[int, bytes]:

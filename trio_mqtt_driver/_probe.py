@@ -11,7 +11,7 @@ from ._errors import ProbeError, PublishRefusedError
 from ._limits import publish_error
 from ._outgoing import Outgoing
 from ._replies import Reply
-from ._subscribing import SubscribeRequest
+from ._subscribing import pack_filter
 from ._topics import MAXIMUM_LENGTH, check_topic
 from ._types import Message, ReasonCode
 
@@ -66,8 +66,7 @@ async def _publish(connection: Connection, topic: str) -> None:
 async def _echo(connection: Connection, topic: str) -> None:
     echoed = Reply[None]()
     connection.receiver.intercept = (topic, lambda _: echoed.set(None))
-    request = SubscribeRequest(topic_filter=topic, qos=1)
-    (code,) = await connection.subscribe([request], None).wait()
+    (code,) = await connection.subscribe([pack_filter(topic, 1)], None).wait()
     if code.is_failure:
         raise ProbeError(f"the broker refused to subscribe to the probe topic {topic!r}: {code}; {_ADVICE}")
     await _publish(connection, topic)
@@ -99,9 +98,9 @@ async def sends_copies(connection: Connection) -> bool:
             both.set(None)
 
     connection.receiver.intercept = (topic, count)
-    requests = [SubscribeRequest(topic_filter=one, qos=0) for one in filters]
+    packed = [pack_filter(one, 0) for one in filters]
     try:
-        codes = await connection.within(timeout, connection.subscribe(requests, None))
+        codes = await connection.within(timeout, connection.subscribe(packed, None))
         if not any(code.is_failure for code in codes):
             for payload in (b"1", b"2"):
                 now = trio.current_time()

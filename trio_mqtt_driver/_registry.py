@@ -18,13 +18,13 @@ import enum
 import math
 from collections.abc import Iterable, Iterator
 from itertools import compress
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import attrs
 import trio
 
 from ._errors import DriverClosedError
-from ._subscribing import SubscribeRequest
+from ._subscribing import pack_filter
 from ._topics import FilterTrie, split_share
 from ._types import ReasonCode, RetainHandling
 from ._validators import between, freeze, instance, one_of, pairs
@@ -61,17 +61,6 @@ class Standing(enum.Enum):
     REFUSED = "refused"
 
 
-def _make_request(registration: Registration[Any]) -> SubscribeRequest:
-    options = registration.options
-    return SubscribeRequest(
-        topic_filter=registration.topic_filter,
-        qos=options.qos,
-        no_local=options.no_local,
-        retain_as_published=options.retain_as_published,
-        retain_handling=options.retain_handling,
-    )
-
-
 @attrs.define(eq=False)
 class Registration(Generic[M]):
     """One Topic Filter that the broker shall know."""
@@ -97,17 +86,30 @@ class Registration(Generic[M]):
     """The one that brought it."""
     waiter: trio.Event | None = None
     """For the next change, if somebody waits for it."""
-    request: SubscribeRequest = attrs.field(init=False, default=attrs.Factory(_make_request, takes_self=True))
-    """As the broker is asked for it."""
+    # For each of thousands a replay needs these; whatever it does not have to look at is not fetched from memory.
+    packed: bytes = attrs.field(init=False, repr=False)
+    """The filter with its options, as it is in a SUBSCRIBE packet."""
+    user_properties: tuple[tuple[str, str], ...] = attrs.field(init=False, repr=False)
+    """Those of the options."""
+
+    def __attrs_post_init__(self) -> None:
+        self.ask(self.options)
 
     @property
     def plain_filter(self) -> str:
         return split_share(self.topic_filter)[1]
 
     def ask(self, options: SubscriptionOptions) -> None:
-        """Have it asked for with other options."""
+        """Have it asked for with these options."""
         self.options = options
-        self.request = _make_request(self)
+        self.user_properties = options.user_properties
+        self.packed = pack_filter(
+            self.topic_filter,
+            options.qos,
+            no_local=options.no_local,
+            retain_as_published=options.retain_as_published,
+            retain_handling=options.retain_handling,
+        )
 
     def wake(self) -> None:
         """Somebody may wait for a change."""
@@ -339,8 +341,8 @@ class Registry(Generic[M]):
         for registration in due:
             registration.standing = sent
             registration.told = session
-            if registration.identifier != identifier or registration.options.user_properties is not user_properties:
-                identifier, user_properties = registration.identifier, registration.options.user_properties
+            if registration.identifier != identifier or registration.user_properties is not user_properties:
+                identifier, user_properties = registration.identifier, registration.user_properties
                 group = groups.setdefault((identifier, user_properties), [])
             group.append(registration)
         batches: list[Batch[M]] = []
@@ -409,7 +411,7 @@ def _split(registrations: list[Registration[M]], size: int, room: float) -> Iter
     """In lists of at most ``size``, whose filters take ``room`` bytes at most; one that takes more is alone."""
     for start in range(0, len(registrations), size):
         some = registrations[start : start + size]
-        if room < math.inf and len(some) > 1 and sum(len(one.request.packed) for one in some) > room:
+        if room < math.inf and len(some) > 1 and sum(len(one.packed) for one in some) > room:
             yield from _split(some, (len(some) + 1) // 2, room)
         else:
             yield some

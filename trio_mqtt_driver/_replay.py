@@ -78,7 +78,7 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
         sent = batch if unlimited else _without_refused(connection, registry, batch)
         if sent.registrations:
             reply = connection.subscribe(
-                [registration.request for registration in sent.registrations], sent.identifier, sent.user_properties
+                [registration.packed for registration in sent.registrations], sent.identifier, sent.user_properties
             )
             requests.append((sent, reply))
     for sent, reply in requests:

@@ -18,27 +18,22 @@ _CODES = {
 _CODES_3_1_1 = {code: ReasonCode(code) for code in (0x00, 0x01, 0x02, 0x80)}
 
 
-def _pack(request: SubscribeRequest) -> bytes:
-    options = request.qos | request.no_local << 2 | request.retain_as_published << 3 | request.retain_handling << 4
-    return encode_text(request.topic_filter, "topic_filter") + bytes((options,))
+def pack_filter(
+    topic_filter: str,
+    qos: int,
+    *,
+    no_local: bool = False,
+    retain_as_published: bool = False,
+    retain_handling: RetainHandling = RetainHandling.SEND,
+) -> bytes:
+    """A Topic Filter with its options, as a SUBSCRIBE packet of MQTT 5 has them [MQTT-3.8.3.1]."""
+    options = qos | no_local << 2 | retain_as_published << 3 | retain_handling << 4
+    return encode_text(topic_filter, "topic_filter") + bytes((options,))
 
 
-@attrs.frozen(kw_only=True)
-class SubscribeRequest:
-    """One Topic Filter of a SUBSCRIBE with its options [MQTT-3.8.3.1]."""
-
-    topic_filter: str
-    qos: int
-    no_local: bool = False
-    retain_as_published: bool = False
-    retain_handling: RetainHandling = RetainHandling.SEND
-    packed: bytes = attrs.field(init=False, repr=False, eq=False, default=attrs.Factory(_pack, takes_self=True))
-    """As it is in a packet of MQTT 5."""
-
-    @property
-    def needs_5(self) -> bool:
-        """Whether it asks for what MQTT 3.1.1 cannot say."""
-        return self.packed[-1] > 2
+def needs_5(packed: bytes) -> bool:
+    """Whether a packed Topic Filter asks for what MQTT 3.1.1 cannot say."""
+    return packed[-1] > 2
 
 
 @attrs.frozen
@@ -52,21 +47,20 @@ class SubAck:
 
 def encode_subscribe(
     packet_id: int,
-    requests: Sequence[SubscribeRequest],
+    filters: Sequence[bytes],
     *,
     version5: bool,
     identifier: int | None = None,
     user_properties: UserProperties = (),
 ) -> bytes:
-    """A SUBSCRIBE packet; identifier and properties, of MQTT 5 only, are for all filters."""
+    """A SUBSCRIBE packet with filters that are packed; identifier and properties, of MQTT 5 only, are for all."""
     if version5:
         block = b"" if identifier is None else b"\x0b" + encode_varint(identifier)
         for name, value in user_properties:
             block += b"\x26" + encode_text(name, "user_properties") + encode_text(value, "user_properties")
-        filters = [encode_varint(len(block)), block, *[request.packed for request in requests]]
+        body = packet_id.to_bytes(2, "big") + encode_varint(len(block)) + block + b"".join(filters)
     else:
-        filters = [request.packed[:-1] + bytes((request.qos,)) for request in requests]
-    body = packet_id.to_bytes(2, "big") + b"".join(filters)
+        body = packet_id.to_bytes(2, "big") + b"".join([packed[:-1] + bytes((packed[-1] & 3,)) for packed in filters])
     return _SUBSCRIBE + encode_varint(len(body)) + body
 
 
