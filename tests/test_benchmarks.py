@@ -44,6 +44,7 @@ def test_a_quick_run_measures_this_driver_and_the_bare_loop(tmp_path: Path) -> N
         ("publish-1-sink", OURS, "nowait"),
         ("publish-1-sink", OURS, "receipts"),
         ("publish-1-sink", OURS, "await"),
+        ("reconnect-1000", FLOOR, ""),
         ("reconnect-1000", OURS, ""),
         ("memory-drivers", OURS, ""),
         ("payload-64", OURS, "handler"),

@@ -49,7 +49,6 @@ CLIENTS = (
         FLOOR,
         "floor",
         without={
-            "reconnect-*": "a bare loop has no subscriptions to replay",
             "memory-subscriptions": "a bare loop keeps no subscriptions",
             "memory-drivers": "a bare loop keeps nothing but its socket",
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -148,3 +149,19 @@ def round_trip(job: Job, gauge: Gauge) -> None:
         if job.qos:
             connection.sock.sendall(b"\x40\x02" + identifier)
     gauge.trips(trips)
+
+
+def reconnect(job: Job, gauge: Gauge) -> None:
+    """With a test publish, as this driver does."""
+    filters = job.topic_filters()
+    connection = Connection(job, filters)
+    gauge.start()
+    with contextlib.suppress(ConnectionError):
+        connection.until(wire.PUBLISH)
+    connection.sock.close()
+    connection = Connection(job, [])
+    connection.sock.sendall(wire.publish(job, "floor/test", b"", 1))
+    connection.until(wire.PUBACK)
+    connection.sock.sendall(wire.subscribe(filters, job.qos, job.version))
+    connection.until(wire.PUBLISH)
+    gauge.stop()
