@@ -171,16 +171,23 @@ async def test_every_property_of_connect_is_in_connect() -> None:
 
 async def test_connect_says_what_is_configured_now() -> None:
     """Blocks of properties are remembered: of several configs each gets its own, again and again."""
-    configs = [
-        DriverConfig(endpoint=ENDPOINT, receive_maximum=receive_maximum, connect_user_properties=properties)
-        for receive_maximum in (5, 6)
-        for properties in ((), [("a", "1")], [("a", "2")])
+    usual = {"receive_maximum": 1000, "maximum_packet_size": 64 * 1024 * 1024, "topic_alias_maximum": 32}
+    said: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"receive_maximum": 5}, {"receive_maximum": 5}),
+        ({"maximum_packet_size": 5000}, {"maximum_packet_size": 5000}),
+        ({"topic_alias_maximum": 5}, {"topic_alias_maximum": 5}),
+        ({"stable_id": True, "session_expiry": 5}, {"session_expiry": 5}),
+        ({"stable_id": True, "session_expiry": 6}, {"session_expiry": 6}),
+        ({"request_response_information": True}, {"request_response_information": 1}),
+        ({"request_problem_information": False}, {"request_problem_information": 0}),
+        ({"connect_user_properties": [("a", "1")]}, {"user_properties": (("a", "1"),)}),
+        ({"connect_user_properties": [("a", "2")]}, {"user_properties": (("a", "2"),)}),
     ]
-    for config in configs * 2:
-        packet = await connect_packet(config, 5)
+    for options, properties in said * 2:
+        packet = await connect_packet(DriverConfig(endpoint=ENDPOINT, **options), 5)
         assert isinstance(packet, Connect)
-        assert packet.properties["receive_maximum"] == config.receive_maximum
-        assert packet.properties.get("user_properties", ()) == config.connect_user_properties
+        assert packet.properties == {**usual, **properties}
 
 
 # -- what else goes out ---------------------------------------------------------------------------------------------
@@ -302,11 +309,13 @@ async def test_what_connack_says_is_not_taken_for_what_another_said() -> None:
             assert event == ConnAck(False, ReasonCode.SUCCESS, ServerLimits(receive_maximum=maximum))
 
 
-async def test_authentication_data_are_not_remembered() -> None:
+async def test_secrets_are_not_remembered() -> None:
     remembered = [_connect_properties, _server_limits]
     for each in remembered:
         each.cache_clear()
     for secret in (b"one", b"two", b"one"):
+        config = DriverConfig(endpoint=ENDPOINT, connect_user_properties=[("token", secret.decode())])
+        await connect_packet(config, 5)
         packet = await connect_packet(DriverConfig(endpoint=ENDPOINT, receive_maximum=77), 5, auth=("SCRAM", secret))
         assert isinstance(packet, Connect)
         assert packet.properties["authentication_data"] == secret
@@ -315,6 +324,9 @@ async def test_authentication_data_are_not_remembered() -> None:
             event = fed(control, encode(Connack(properties=properties), 5))
         assert isinstance(event, ConnAck)
         assert event.authentication_data == secret
+        # The identifier of Authentication Data in two bytes, which MQTT does not allow.
+        with pytest.raises(ProtocolError, match="Authentication Data"):
+            control.feed(b"\x20\x0a\0\0\x07\x96\0\0\x03" + secret)
     assert [each.cache_info().currsize for each in remembered] == [1, 0]  # `fed` connects without any
 
 

@@ -25,7 +25,7 @@ from trio_mqtt_driver import (
     SubscribeError,
     UnsubscribeError,
 )
-from trio_mqtt_driver.testing import Ack, Direction, Kind, MemoryBroker, Unsuback, Unsubscribe
+from trio_mqtt_driver.testing import Ack, Direction, Kind, MemoryBroker, Subscribe, Unsuback, Unsubscribe
 
 settled = trio.testing.wait_all_tasks_blocked
 
@@ -335,11 +335,17 @@ async def test_a_subscription_that_the_next_broker_rules_out_is_degraded(
     broker: MemoryBroker, autojump_clock: MockClock
 ) -> None:
     async with MQTTDriver(config_for(broker)) as driver:
-        await driver.subscribe("a/#", print)
+        for topic_filter in ("a/#", "b", "+/c"):
+            await driver.subscribe(topic_filter, print)
         broker.options.wildcard_available = False
+        broker.forget()
         driver.force_reconnect(even_if_live=True)
         await again(driver)
-        assert driver.status().degraded == (("a/#", "wildcard subscriptions not supported (0xa2)"),)
+        words = "wildcard subscriptions not supported (0xa2)"
+        assert driver.status().degraded == (("a/#", words), ("+/c", words))
+        assert broker.subscriptions(str(driver.client_id)) == ["b"]
+        asked = [packet for _, packet in broker.received if isinstance(packet, Subscribe)]
+        assert [[request.topic_filter for request in packet.requests] for packet in asked] == [["b"]]
     assert not broker.violations
 
 

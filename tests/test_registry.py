@@ -119,6 +119,21 @@ def test_a_filter_that_the_broker_was_never_told_of_leaves_without_unsubscribe()
     assert wanted.leaving == []
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_filter_that_the_session_was_told_of_leaves_with_unsubscribe(anew: bool) -> None:
+    """Told on an older connection of it, or told again in a new one."""
+    wanted = registry()
+    registration, _ = wanted.add("a", options(), "m1")
+    grant_all(wanted)
+    if anew:
+        wanted.begin()
+        grant_all(wanted)
+    wanted.resume(everything=False)
+    assert wanted.due == 0
+    assert wanted.remove(registration, "m1") is not None
+    assert wanted.leaving == ["a"]
+
+
 def test_a_filter_that_left_and_came_back_is_subscribed_after_its_unsubscribe() -> None:
     """Else the broker would forget it, while the registry holds it for granted."""
     wanted = registry()
@@ -161,6 +176,19 @@ def test_a_refusal_is_visible_until_a_later_session_grants() -> None:
     wanted.add("a", options(), "m2")
     grant_all(wanted, generation=3)
     assert registration.generation == 3
+
+
+def test_when_a_newcomer_s_wish_was_refused_and_it_leaves_the_others_wish_is_asked_for_again() -> None:
+    wanted = registry()
+    registration, _ = wanted.add("a", options(1), "m1")
+    grant_all(wanted)
+    _, revision = wanted.add("a", options(2), "m2")
+    (batch,) = wanted.take_due(size=10, max_bytes=None)
+    assert [each.packed for each in batch.registrations] == [b"\x00\x01a\x02"]
+    answer(wanted, registration, revision, ReasonCode.NOT_AUTHORIZED)
+    wanted.remove(registration, "m2")
+    (batch,) = wanted.take_due(size=10, max_bytes=None)
+    assert [each.packed for each in batch.registrations] == [b"\x00\x01a\x01"]
 
 
 def test_an_answer_to_an_older_revision_leaves_the_newer_one_due() -> None:
@@ -368,18 +396,19 @@ class RegistryMachine(RuleBasedStateMachine):
             batches = self.wanted.take_due(size=2, max_bytes=None)
             requests = [
                 [
-                    (each, each.options, batch.identifier, revision)
+                    (each, each.packed, batch.identifier, revision)
                     for each, revision in zip(batch.registrations, batch.revisions, strict=True)
                 ]
                 for batch in batches
             ]
             for request in requests:
                 yield
-                for registration, asked, identifier, revision in request:
-                    refused = registration.topic_filter.startswith("$x")
+                for registration, packed, identifier, revision in request:
+                    topic_filter, qos = packed[2:-1].decode(), packed[-1]
+                    refused = topic_filter.startswith("$x")
                     if not refused:
-                        self.known[registration.topic_filter] = (asked.qos, identifier)
-                    code = ReasonCode.NOT_AUTHORIZED if refused else ReasonCode(asked.qos)
+                        self.known[topic_filter] = (qos, identifier)
+                    code = ReasonCode.NOT_AUTHORIZED if refused else ReasonCode(qos)
                     answer(self.wanted, registration, revision, code, self.generation)
             yield
 

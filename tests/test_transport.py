@@ -29,7 +29,7 @@ from trio_mqtt_driver import (
     TLSError,
     TransportError,
 )
-from trio_mqtt_driver._transport import lost, open_stream
+from trio_mqtt_driver._transport import _family_of, lost, open_stream
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -62,6 +62,10 @@ def config(port: int, host: str = "127.0.0.1", *, scheme: str = "mqtt", **option
     return DriverConfig(endpoint=Endpoint(scheme=scheme, host=host, port=port), **options)
 
 
+def descriptors() -> int:
+    return len(os.listdir("/dev/fd"))  # noqa: PTH208  # iterdir() would open one more
+
+
 async def failure(options: DriverConfig) -> MQTTDriverError:
     with trio.fail_after(30), pytest.raises(MQTTDriverError) as caught:
         await open_stream(options)
@@ -89,7 +93,9 @@ async def test_small_packets_are_not_held_back() -> None:
 async def test_a_refused_connection_says_so() -> None:
     async with serving(echo) as port:
         pass
+    before = descriptors()
     error = await failure(config(port))
+    assert descriptors() == before
     assert isinstance(error, TransportError)
     assert str(error) == f"connecting to mqtt://127.0.0.1:{port}: Connection refused"
     assert isinstance(error.__cause__, OSError)
@@ -143,12 +149,12 @@ async def test_opening_can_be_cancelled() -> None:
 
 async def test_an_address_that_is_given_up_leaves_no_socket() -> None:
     async with serving(_silent) as port:
-        before = len(os.listdir("/dev/fd"))  # noqa: PTH208  # iterdir() would open one more
+        before = descriptors()
         with trio.CancelScope() as scope:
             scope.cancel()
             await open_stream(config(port))
         assert scope.cancelled_caught
-        assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208
+        assert descriptors() == before
 
 
 class Spawned(trio.abc.Instrument):
@@ -170,6 +176,17 @@ async def test_an_address_is_not_looked_up_and_has_no_eyeballs(host: str, tasks:
         trio.lowlevel.remove_instrument(spawned)
         await stream.aclose()
     assert (spawned.count > 0) == tasks
+
+
+def test_an_address_with_a_scope_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system takes the scope for a part of the address, it would be lost."""
+
+    def takes_anything(_family: int, _host: str) -> bytes:
+        return bytes(16)
+
+    monkeypatch.setattr(socket, "inet_pton", takes_anything)
+    assert _family_of("fe80::1") is not None
+    assert _family_of("fe80::1%eth0") is None
 
 
 async def test_an_address_of_version_6_is_one() -> None:

@@ -152,9 +152,9 @@ class _Packed:
 
 
 @lru_cache(_REMEMBERED)
-def _connect_properties(values: tuple[tuple[str, Any], ...], user_properties: UserProperties) -> Any:
-    """The same for each connection; ``values`` hold no secrets, which would stay here."""
-    return _Packed(_properties(PacketTypes.CONNECT, dict(values), user_properties))
+def _connect_properties(values: tuple[tuple[str, int | None], ...]) -> Any:
+    """The same for each connection. What may be a secret does not stay here: authentication data, User Properties."""
+    return _Packed(_properties(PacketTypes.CONNECT, dict(values)))
 
 
 class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
@@ -233,10 +233,10 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
             ("RequestResponseInformation", 1 if config.request_response_information else None),
             ("RequestProblemInformation", None if config.request_problem_information else 0),
         )
-        if authentication is None:
-            properties = _connect_properties(values, config.connect_user_properties)
+        if authentication is None and not config.connect_user_properties:
+            properties = _connect_properties(values)
         else:
-            method, data = authentication
+            method, data = authentication or (None, None)
             properties = _properties(
                 PacketTypes.CONNECT,
                 {**dict(values), "AuthenticationMethod": method, "AuthenticationData": data},

@@ -335,12 +335,12 @@ class Supervisor:
             backoff = self.config.backoff
             delay = Delay(min(delay.seconds, max(backoff.start, backoff.min_interval) if live else backoff.start))
         self._enter_back_off(what, delay, error)
-        if not delay.seconds:
-            await trio.lowlevel.checkpoint()
-            return
         self._next_attempt_at = now + delay.seconds
-        with trio.move_on_at(self._next_attempt_at):
-            await self._wake.wait()
+        if delay.seconds:
+            with trio.move_on_at(self._next_attempt_at):
+                await self._wake.wait()
+        else:
+            await trio.lowlevel.checkpoint()
         self._next_attempt_at = math.inf
 
     async def _stay_away(self, reason: str) -> None:

@@ -92,7 +92,9 @@ async def _open_tcp(config: DriverConfig, elsewhere: random.Random | None) -> tr
 
 
 def _family_of(host: str) -> socket.AddressFamily | None:
-    """Of an address; None for a name, which has to be looked up."""
+    """Of an address; None for what has to be looked up: a name, or an address with a scope (``fe80::1%eth0``)."""
+    if "%" in host:  # there are systems whose ``inet_pton`` takes it, and the scope would be lost
+        return None
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError, ValueError):  # the latter: what can be neither a name nor an address
             socket.inet_pton(family, host)
