@@ -21,7 +21,7 @@ both_versions = pytest.mark.parametrize("version", [4, 5])
 
 
 def new(version: int) -> _Client:
-    """A client that has written its CONNECT; a CONNACK it is never shown."""
+    """A client that has written its CONNECT, and is shown no CONNACK, as in the driver."""
     client = _make_client("contract", version, True)
     client.pipe = _Pipe()
     client.next_packet_id = lambda: 77
