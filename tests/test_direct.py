@@ -290,11 +290,33 @@ async def test_what_follows_within_a_millisecond_is_the_task_s(mock_clock: MockC
 
 async def test_any_packet_makes_the_link_busy(mock_clock: MockClock, nursery: trio.Nursery) -> None:
     async with benches(nursery) as bench:
-        bench.writer.write(b"PINGREQ")
+        bench.writer.answer(b"PUBACK")
         bench.publish(b"one")
         assert bench.arrived() == b""
         await settled()
-        assert bench.arrived() == b"PINGREQone"
+        assert bench.arrived() == b"PUBACKone"
+        mock_clock.jump(0.0011)
+        bench.writer.write(b"PINGREQ")
+        assert bench.arrived() == b"PINGREQ"
+        bench.publish(b"two")
+        assert bench.arrived() == b""
+        await settled()
+        assert bench.arrived() == b"two"
+
+
+async def test_what_is_written_before_the_task_begins_is_written_at_once_too(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with pair() as (stream, theirs):
+        bench = Bench(stream, theirs)
+        bench.writer.write(b"CONNECT")
+        assert bench.arrived() == b"CONNECT"
+        bench.writer.write(b"more")
+        await nursery.start(bench.run)
+        await settled()
+        assert bench.arrived() == b"more"
+        assert bench.writer.idle
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_the_socket_does_not_take_goes_before_what_comes_later(

@@ -12,7 +12,7 @@ import trio.testing
 
 from tests.peers import memory_config
 from trio_mqtt_driver import Message, MQTTDriver, PayloadError, RetainHandling, State
-from trio_mqtt_driver.testing import Kind, MemoryBroker, Subscribe, Unsubscribe
+from trio_mqtt_driver.testing import Kind, MemoryBroker, Publish, Subscribe, Unsubscribe
 
 settled = trio.testing.wait_all_tasks_blocked
 
@@ -236,21 +236,25 @@ async def test_overlapping_filters_each_get_a_message_once_however_many_copies_t
         for topic_filter in filters:
             payloads = got[topic_filter] = []
             await driver.subscribe(topic_filter, payloads_to(payloads), qos=qos)
-        broker.forget()
-        broker.publish("a/b", b"1", qos=qos)
-        broker.publish("a", b"2", qos=qos)
-        await settled()
-        copies = sum(packet.kind is Kind.PUBLISH for _, packet in broker.sent)
-        assert copies == (2 if overlapping == "once" else 7)
-        assert got == {
-            "a/#": [b"1", b"2"],
-            "a/+": [b"1"],
-            "#": [b"1", b"2"],
-            "a/b": [b"1"],
-            "+/b": [b"1"],
-            "other": [],
-        }
-        assert driver.status().unacknowledged == 0
+        for _ in range(3):  # first of topics and properties that are new, then in rows
+            broker.forget()
+            for payloads in got.values():
+                payloads.clear()
+            broker.publish("a/b", b"1", qos=qos)
+            broker.publish("a", b"2", qos=qos)
+            broker.publish("a/b", b"3", qos=qos)
+            await settled()
+            copies = sum(packet.kind is Kind.PUBLISH for _, packet in broker.sent)
+            assert copies == (3 if overlapping == "once" else 12)
+            assert got == {
+                "a/#": [b"1", b"2", b"3"],
+                "a/+": [b"1", b"3"],
+                "#": [b"1", b"2", b"3"],
+                "a/b": [b"1", b"3"],
+                "+/b": [b"1", b"3"],
+                "other": [],
+            }
+            assert driver.status().unacknowledged == 0
 
 
 async def test_copies_without_identifiers_reach_each_subscription_once_too(
@@ -484,12 +488,13 @@ async def test_subscription_options_reach_the_broker_again_at_the_replay(
         ] * 2
 
 
+@pytest.mark.parametrize("identifiers", [False, True])
 async def test_what_one_read_brings_for_several_is_dealt_out_in_order(
-    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, identifiers: bool
 ) -> None:
-    """Messages without properties of topics that have come before are put into the queues in rows."""
+    """Messages of topics, and with properties, that have come before are put into the queues in rows."""
     got: dict[str, list[bytes]] = {"a": [], "b": [], "both": []}
-    async with MQTTDriver(memory_config(broker, subscription_identifiers=False)) as driver:
+    async with MQTTDriver(memory_config(broker, subscription_identifiers=identifiers)) as driver:
         await driver.subscribe("a/#", payloads_to(got["a"]))
         await driver.subscribe("b/#", payloads_to(got["b"]))
         await driver.subscribe("+/both", payloads_to(got["both"]))
@@ -507,3 +512,35 @@ async def test_what_one_read_brings_for_several_is_dealt_out_in_order(
                     expected["both"].append(b"%d" % number)
             await settled()
             assert got == expected
+
+
+async def test_a_message_goes_where_its_identifiers_say_also_if_one_subscription_matches(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    """The others of its topic are in a row, and what is remembered of that must not hold for this one."""
+    got: list[bytes] = []
+    async with MQTTDriver(memory_config(broker)) as driver:
+        await driver.subscribe("a/#", payloads_to(got))
+        for number, identifiers in enumerate([(1,), (1,), (2,), (1,), (2, 1), (2,), (), (2,), (2, 1)]):
+            properties: dict[str, Any] = {"subscription_identifiers": identifiers} if identifiers else {}
+            packet = Publish(topic="a/b", payload=b"%d" % number, properties=properties)
+            broker.send(driver.client_id or "", packet)
+        await settled()
+        assert got == [b"0", b"1", b"3", b"4", b"6", b"8"]
+        assert driver.status().counters["unrouted"] == 3
+
+
+async def test_what_is_remembered_of_topics_and_identifiers_is_bounded(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    got: list[bytes] = []
+    async with MQTTDriver(memory_config(broker)) as driver:
+        await driver.subscribe("a/#", payloads_to(got))
+        for number in range(2, 1000):
+            properties: dict[str, Any] = {"subscription_identifiers": (1, number)}
+            for _ in range(2):
+                packet = Publish(topic="a/b", payload=b"%d" % number, properties=properties)
+                broker.send(driver.client_id or "", packet)
+        await settled()
+        assert got == [b"%d" % number for number in range(2, 1000) for _ in range(2)]
+        assert len(driver._dispatcher._sole) <= 16

@@ -6,6 +6,7 @@ Whatever the bytes are and however they are chopped, the outcome is packets or o
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import example, given, strategies as st
@@ -170,6 +171,36 @@ def test_a_long_topic_that_leaves_no_room_in_its_packet_is_found_in_a_flood_too(
     packets, error = read(good * 2 + publish_packet(topic + rest, first) + b"\0\1\0\0" + good)
     assert len(packets) == 2
     assert "malformed packet" in error
+
+
+@pytest.mark.parametrize(
+    "rest, words",
+    [
+        (b"\x30\x06\x00\x01a\x05\x0b\x07", "longer than it"),  # the payload is the block that is known, but shorter
+        (b"\x30\x05\x00\x01a\x03\x0b", "longer than it"),
+        (b"\x30\x07\x00\x01a\x03\x0b\x07\x0b", "malformed packet"),  # a known block and half another one
+        (b"\x30\x07\x00\x01a\x82\x00\x0b\x07", "property length"),  # its length in two bytes
+        (b"\x30\x07\x00\x01a\x03\x23\x00\x09", "Topic Alias 9"),
+    ],
+)
+def test_properties_are_read_by_the_rules_in_a_flood_too(rest: bytes, words: str) -> None:
+    good = b"\x30\x07\x00\x01a\x02\x0b\x07x\x32\x09\x00\x01a\x00\x07\x02\x0b\x07y"
+    packets, error = read(good * 2 + rest + good)
+    messages = [packet for packet in packets if isinstance(packet, Message)]
+    assert [(message.payload, message.properties.subscription_identifiers) for message in messages] == [
+        (b"x", (7,)),
+        (b"y", (7,)),
+    ] * 2
+    assert len(packets) == 4
+    assert words in error
+
+
+def test_a_topic_alias_is_set_and_used_in_a_flood_too() -> None:
+    aliases = [aliased("a", 1), aliased("", 1), aliased("b", 1), aliased("", 1), aliased("a", 1), aliased("", 1)]
+    packets, error = read(b"".join(aliases * 2), topic_alias_maximum=1)
+    topics = [packet.topic for packet in packets if isinstance(packet, Message)]
+    assert topics == ["a", "a", "b", "b", "a", "a"] * 2
+    assert error == ""
 
 
 def test_while_a_packet_trickles_in_nothing_is_said_of_those_before() -> None:
@@ -385,7 +416,9 @@ def test_what_the_reader_remembers_is_bounded_whatever_the_broker_sends() -> Non
     for size in range(120):
         for topic in ("a", "bc", *(digits * "x" for digits in range(3, 13))):
             reader.feed(encode(Publish(topic=topic, payload=bytes(min(size, 110))), 5))
-    assert len(reader._shapes) <= 1024
+    for size in range(120, 5000):
+        reader.feed(encode(Publish(topic="a", payload=bytes(size)), 5))
+    assert len(reader._shapes) <= 2048
     assert len(reader._topics) <= 4096
     assert len(reader._blocks) <= 256
 
@@ -479,11 +512,17 @@ class Forgetful(dict[bytes, str]):
 
 
 FEW_TOPICS = ["a", "b/c", "d" * 120]
+PROPERTIES: list[dict[str, Any]] = [
+    {"content_type": "x"},
+    {"subscription_identifiers": (7,)},
+    {"content_type": "y" * 100, "subscription_identifiers": (1, 300)},
+]
+LONG_OR_ALIAS: list[dict[str, Any]] = [{"content_type": "z" * 130}, {"topic_alias": 3}]
 shapes = st.tuples(
     st.sampled_from(FEW_TOPICS),
     st.sampled_from([3, 5, 117, 118, 119, 120, 121, 122, 123, 400, 16_200, 16_400]),
     st.sampled_from([0, 0, 1, 300, 65535]),
-    st.sampled_from([{}, {}, {}, {"content_type": "x"}]),
+    st.sampled_from([{}, {}, *PROPERTIES, *LONG_OR_ALIAS]),
 )
 
 
@@ -494,9 +533,9 @@ shapes = st.tuples(
     version=versions,
 )
 def test_packets_that_are_alike_are_read_by_the_rules(
-    shapes: list[tuple[str, int, int, dict[str, str]]], fault: tuple[int, int] | None, places: list[int], version: int
+    shapes: list[tuple[str, int, int, dict[str, Any]]], fault: tuple[int, int] | None, places: list[int], version: int
 ) -> None:
-    """They are taken apart in a quicker way, once their topics and their first bytes have come before."""
+    """They are taken apart in a quicker way, once their topics, properties and first bytes have come before."""
     packets = [
         Publish(
             topic=topic,
@@ -509,11 +548,16 @@ def test_packets_that_are_alike_are_read_by_the_rules(
     ]
     reader = new_reader(version, topic_alias_maximum=65535)
     known = [Publish(topic=topic) for topic in FEW_TOPICS]
+    if version == 5:
+        known += [Publish(topic="a", properties=properties) for properties in PROPERTIES]
     assert len(reader.feed(b"".join(encode(packet, version) for packet in known))) == len(known)
     data = bytearray(b"".join(encode(packet, version) for packet in packets * 2))
     if fault is None:
         assert [wire_publish(one) for one in reader.feed(data) if isinstance(one, Message)] == packets * 2
-        assert reader.plain == all(len(packet.payload) < 16_384 and not packet.properties for packet in packets)
+        largest = max((len(encode(packet, version)) for packet in packets), default=0)
+        assert reader.plain == (
+            largest < 16_384 + 3 and not any(packet.properties in LONG_OR_ALIAS for packet in packets)
+        )
         if reader.plain:
             assert reader.plain_1 == 2 * sum(packet.qos for packet in packets)
             assert reader.plain_size == 2 * sum(len(packet.payload) for packet in packets)

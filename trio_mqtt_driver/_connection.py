@@ -371,7 +371,7 @@ class Connection:
     def _take_packets(self, packets: list[Packet], messages: list[Message[Any]]) -> int | None:
         """Act on packets, and append the messages that are for the application. Raises ``ProtocolError``.
 
-        If there is nothing about any of them, neither properties nor RETAIN, returns the bytes of their payloads.
+        If there is nothing about any of them but properties, returns the bytes of their payloads.
         """
         reader = self._reader
         if reader.plain:

@@ -24,6 +24,7 @@ logger = logging.getLogger("trio_mqtt_driver")
 
 _CACHED_TOPICS = 10_000
 _CACHED_LENGTH = 256
+_CACHED_IDENTIFIERS = 16
 
 Target = tuple[Registration[Subscription[Any]], Subscription[Any]]
 
@@ -42,8 +43,8 @@ class Dispatcher:
         self._counters = counters
         self._on_handler_error = on_handler_error
         self._targets: dict[str, tuple[Target, ...]] = {}
-        self._sole: dict[str, Subscription[Any]] = {}
-        """Of the topics that have one target, that."""
+        self._sole: dict[tuple[int, ...], dict[str, Subscription[Any]]] = {}
+        """Of the topics that have one target, that; by the Subscription Identifiers that the message has."""
         self._targets_version = -1
         self._dealer = CopyDealer()
         self._dealing_for: Acknowledger | None = None
@@ -63,8 +64,8 @@ class Dispatcher:
     def deliver(self, messages: list[Message[Any]], *, copies: bool, plain_size: int | None) -> None:
         """Queue each message with every subscription that it matches.
 
-        With ``copies`` each message comes once for each registration that it matches, unmarked. If they have neither
-        properties nor RETAIN, ``plain_size`` is the number of bytes of all their payloads.
+        With ``copies`` each message comes once for each registration that it matches, unmarked. If none has RETAIN,
+        ``plain_size`` may be the number of bytes of all their payloads.
         """
         if self.retired:
             self._counters.dropped += len(messages)
@@ -76,35 +77,53 @@ class Dispatcher:
             self._deliver_plain(messages, plain_size)
         else:
             for message in messages:
-                self._deliver(message, copies=copies)
+                self._deliver(message, self._targets_of(message), copies=copies)
 
     def _deliver_plain(self, messages: list[Message[Any]], size: int) -> None:
         """Messages that come after one another for one subscription alone are put there together."""
-        sole = self._sole.get
         begin = 0
         owner: Subscription[Any] | None = None
+        properties = messages[0]._properties  # pyright: ignore[reportPrivateUsage]
+        sole = self._sole_for(properties.subscription_identifiers)
         for number, message in enumerate(messages):
-            subscription = sole(message.topic)
+            if message._properties is not properties:  # pyright: ignore[reportPrivateUsage]
+                properties = message._properties  # pyright: ignore[reportPrivateUsage]
+                sole = self._sole_for(properties.subscription_identifiers)
+            subscription = sole.get(message.topic)
             if subscription is owner and owner is not None:
                 continue
             if owner is not None:
                 self._put_row(owner, messages[begin:number])
             begin, owner = number, subscription
             if owner is None:
-                self._deliver(message, copies=False)
+                targets = self._targets_of(message)
+                if len(targets) == 1 and message.topic in self._targets:
+                    sole[message.topic] = targets[0][1]
+                self._deliver(message, targets, copies=False)
         if owner is not None:
             if begin:
                 self._put_row(owner, messages[begin:])
             elif owner.put(messages, size):
                 self._crowd(owner)
 
-    def _deliver(self, message: Message[Any], *, copies: bool) -> None:
+    def _sole_for(self, identifiers: tuple[int, ...]) -> dict[str, Subscription[Any]]:
+        sole = self._sole.get(identifiers)
+        if sole is None:
+            if len(self._sole) >= _CACHED_IDENTIFIERS:
+                self._sole.clear()
+            sole = self._sole[identifiers] = {}
+        return sole
+
+    def _targets_of(self, message: Message[Any]) -> tuple[Target, ...]:
         targets = self._targets.get(message.topic)
         if targets is None:
             targets = self._find_targets(message.topic)
         identifiers = message._properties.subscription_identifiers  # pyright: ignore[reportPrivateUsage]
         if identifiers:
             targets = tuple(one for one in targets if one[0].identifier is None or one[0].identifier in identifiers)
+        return targets
+
+    def _deliver(self, message: Message[Any], targets: tuple[Target, ...], *, copies: bool) -> None:
         if copies and len(targets) > 1 and not message.retain:
             targets = self._deal(message, targets)
         if len(targets) == 1:
@@ -158,8 +177,6 @@ class Dispatcher:
             if len(self._targets) >= _CACHED_TOPICS:
                 self._forget_targets()
             self._targets[topic] = targets
-            if len(targets) == 1:
-                self._sole[topic] = targets[0][1]
         return targets
 
     def _forget_targets(self) -> None:

@@ -43,7 +43,7 @@ PubAcks = list[int]
 """The Packet Identifiers of PUBACKs that say success."""
 
 _Shape = tuple[int, int, int, Callable[[bytes, int], tuple[Any, ...]]]
-"""Of a short PUBLISH: its size, its QoS, the size of its payload, and what takes it apart: into the Topic Name, the
+"""Of a PUBLISH: its size, its QoS, the size of its payload, and what takes it apart: into the Topic Name, the
 Packet Identifier or nothing, the property length or nothing, and the payload."""
 
 Packet = Message[Any] | PubAcks | Ack | bytes
@@ -77,7 +77,7 @@ _PUBACKS = re.compile(rb"(?:@\x02..)+", re.DOTALL)
 
 # Caches are emptied when full: an entry that is still in use comes back with the next message.
 _CACHED_TOPICS = 4096
-_CACHED_SHAPES = 1024
+_CACHED_SHAPES = 2048
 _CACHED_BLOCKS = 256
 _CACHED_LENGTH = 256
 
@@ -111,7 +111,7 @@ class PacketReader:
         self._generation = generation
         self._source = source
         self.plain = False
-        """Whether what ``feed`` returned last is messages of QoS 0 and 1 about which there is nothing."""
+        """Whether what ``feed`` returned last is messages of QoS 0 and 1 that have properties at most."""
         self.plain_1 = 0
         """How many of these have QoS 1."""
         self.plain_size = 0
@@ -215,59 +215,44 @@ class PacketReader:
     def _plain(self, data: bytes, start: int, packets: list[Packet]) -> int:
         """Append PUBLISH packets for as long as there is nothing about them, and return where that ends.
 
-        That is QoS 0 or 1 without DUP and RETAIN, a topic that has come before, no properties, a length of one or two
-        bytes: nearly all, so they are read without a call for each. Whatever is not quite so is for ``_split``.
+        That is QoS 0 or 1 without DUP and RETAIN, a topic that has come before, no properties or such as have come
+        before (often it is our own Subscription Identifier alone), a length of one or two bytes: nearly all, so they
+        are read without a call for each. Whatever is not quite so is for ``_split``.
         """
         end = len(data)
         known = self._topics.get
         shapes = self._shapes.get
+        blocks = self._blocks.get
         append = packets.append
-        version5 = self._version5
-        maximum = self._maximum_packet_size
         generation = self._generation
         source = self._source
         before = len(packets)
         zeros = payloads = 0
         new_0, new_1 = PlainQoS0Message.__new__, PlainQoS1Message.__new__
-        first: int
-        low: int
-        high: int
-        size: int
+        none: PropertyBlock | PublishProperties = NO_PROPERTIES
         packet_id: int
+        properties: int
         while start + 5 < end:
-            shape = shapes(data[start : start + 4])
-            if shape is not None:
-                length, qos, left, unpack = shape
-                stop = start + length
-                if stop > end:
-                    break
-                raw, packet_id, properties, payload = unpack(data, start)
-            elif data[start + 1] > 127:
-                first, low, high, size = _LONG_HEADER(data, start)
-                pos = start + 5 + size
-                stop = start + 3 + (high << 7 | low & 127)
-                if (first != 0x30 and first != 0x32) or not 0 < high < 128 or stop > end or stop - start > maximum:
-                    break
-                qos = first >> 1 & 1
-                if pos + 2 * qos + version5 > stop:
-                    break
-                raw = data[start + 5 : pos]
-                packet_id = properties = 0
-                if qos:
-                    packet_id = data[pos] << 8 | data[pos + 1]
-                    pos += 2
-                if version5:
-                    properties = data[pos]
-                    pos += 1
-                payload = data[pos:stop]
-                left = stop - pos
-            elif self._learn(data, start):
-                continue
-            else:
+            shape = shapes(data[start : start + 5]) or self._learn(data, start)
+            if shape is None:
                 break
+            length, qos, left, unpack = shape
+            stop = start + length
+            if stop > end:
+                break
+            raw, packet_id, properties, payload = unpack(data, start)
             topic = known(raw)
-            if not topic or properties:
+            if not topic:
                 break
+            block = none
+            if properties:
+                known_block = blocks(payload[:properties])
+                # A length of two bytes, or one that points beyond the packet: what is there may look like some block.
+                if properties > 127 or properties > left or known_block is None or known_block.topic_alias is not None:
+                    break
+                block = known_block
+                payload = payload[properties:]
+                left -= properties
             message: Message[Any]
             if qos:
                 if not packet_id:
@@ -283,6 +268,7 @@ class PacketReader:
             message.topic = topic
             message.payload = payload
             message.generation = generation
+            message._properties = block
             message._source = source
             message.value = None
             append(message)
@@ -292,21 +278,29 @@ class PacketReader:
         self.plain_1 += len(packets) - before - zeros
         return start
 
-    def _learn(self, data: bytes, start: int) -> bool:
-        """Note how to take a PUBLISH apart that begins with these four bytes: in one call, where others that begin
-        alike need several. False if there can be something about it."""
+    def _learn(self, data: bytes, start: int) -> _Shape | None:
+        """Note how to take a PUBLISH apart that begins with these five bytes: in one call, where others that begin
+        alike need several. None if there can be something about it."""
         first, length, size = _SHORT_HEADER(data, start)
+        skip = 4
+        if length > 127:
+            first, low, high, size = _LONG_HEADER(data, start)
+            if not 0 < high < 128:
+                return None
+            length = high << 7 | low & 127
+            skip = 5
         qos = first >> 1 & 1
         left = length - 2 - size - 2 * qos - self._version5
-        if (first != 0x30 and first != 0x32) or left < 0 or length + 2 > self._maximum_packet_size:
-            return False
+        length += skip - 2
+        if (first != 0x30 and first != 0x32) or left < 0 or length > self._maximum_packet_size:
+            return None
         packet_id = "H" if qos else "0s"
         properties = "B" if self._version5 else "0s"
         if len(self._shapes) >= _CACHED_SHAPES:
             self._shapes.clear()
-        unpack = struct.Struct(f">4x{size}s{packet_id}{properties}{left}s").unpack_from
-        self._shapes[data[start : start + 4]] = length + 2, qos, left, unpack
-        return True
+        unpack = struct.Struct(f">{skip}x{size}s{packet_id}{properties}{left}s").unpack_from
+        shape = self._shapes[data[start : start + 5]] = length, qos, left, unpack
+        return shape
 
     def _check_control_size(self, first: int, size: int) -> None:
         if first & 0xF0 != 0x30 and size > _CONTROL_MAXIMUM:

@@ -169,19 +169,18 @@ class Sender:
         if self._aliases.maximum:
             maximum = self._limits.maximum_packet_size
             topic, alias = self._aliases.take(topic, room=maximum is None or packet_size(outgoing) + ROOM <= maximum)
-        self._writer.write(
-            encode_publish(
-                topic,
-                outgoing.payload,
-                qos=outgoing.qos,
-                retain=outgoing.retain,
-                dup=dup,
-                packet_id=packet_id,
-                properties=self._properties(outgoing, alias) if self._version == 5 else None,
-            )
+        packet = encode_publish(
+            topic,
+            outgoing.payload,
+            qos=outgoing.qos,
+            retain=outgoing.retain,
+            dup=dup,
+            packet_id=packet_id,
+            properties=self._properties(outgoing, alias) if self._version == 5 else None,
         )
         if packet_id:
-            outgoing.wire_end = self._writer.written
+            outgoing.wire_end = self._writer.written + len(packet)
+        self._writer.write(packet)
 
     def _properties(self, outgoing: Outgoing, alias: int | None) -> bytes:
         if outgoing.expiry is None:
@@ -267,8 +266,9 @@ class Sender:
     def _take_up(self) -> None:
         packet_id, outgoing, released = self._window.take_unsent()
         if released:
-            self._writer.write(encode_ack(PUBREL, packet_id))
-            outgoing.wire_end = self._writer.written
+            packet = encode_ack(PUBREL, packet_id)
+            outgoing.wire_end = self._writer.written + len(packet)
+            self._writer.write(packet)
             return
         error = publish_error(self._limits, outgoing)
         if error is None:

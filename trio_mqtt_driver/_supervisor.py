@@ -14,9 +14,9 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
 
@@ -101,7 +101,6 @@ class Supervisor:
         self._wake = trio.Event()
         self._held: str | None = None
         self._resumed = trio.Event()
-        self._end_session = trio.Event()
         self._attempt_scope = trio.CancelScope()
         self._next_attempt_at = math.inf
         self._live_since = math.inf
@@ -183,7 +182,6 @@ class Supervisor:
                     await self._stay_away(self._held)
                     continue
                 error: MQTTDriverError | None = None
-                self._end_session = trio.Event()
                 self._wake = trio.Event()
                 with trio.CancelScope() as self._attempt_scope:
                     error = await self._attempt()
@@ -253,21 +251,19 @@ class Supervisor:
         # live.
         await self._outbox.take_out_qos0()
         self._go_live(connection)
+        beside: list[Callable[[], Awaitable[None]]] = []
+        if self._failover.compares:
+            beside.append(self._look_for_better)
+        if connection.config.availability is not None:
+            beside.append(partial(self._presence.insist, connection))
+        if connection.config.refill_rate < math.inf:
+            beside.append(connection.sender.pace)
+        if not beside:  # then there is no nursery to be made and torn down
+            await self._keep_synchronised(connection)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_synchronised, connection)
-            if self._failover.compares:
-                nursery.start_soon(self._look_for_better)
-            if connection.config.availability is not None:
-                nursery.start_soon(self._presence.insist, connection)
-            if connection.config.refill_rate < math.inf:
-                nursery.start_soon(connection.sender.pace)
-            with trio.move_on_after(self._backoff.stable_after):
-                await self._end_session.wait()
-            if not self._end_session.is_set():
-                self._backoff.stable()
-                self._failover.stable()
-                await self._end_session.wait()
-            nursery.cancel_scope.cancel(reason="the driver ends this connection")
+            for task in beside:
+                nursery.start_soon(task)
+            await self._keep_synchronised(connection)
 
     def _go_live(self, connection: Connection) -> None:
         self.generation += 1
@@ -293,9 +289,16 @@ class Supervisor:
         if self.state is State.LIVE:  # a callback may have given the link up
             connection.go_live()
 
-    async def _keep_synchronised(self, connection: Connection) -> None:
+    async def _keep_synchronised(self, connection: Connection) -> NoReturn:
+        """Tell the broker of each change; and forgive the failures when the link has lived for long enough."""
+        stable_at = self._live_since + self._backoff.stable_after
         while True:
-            await self._registry.wait_work()
+            with trio.move_on_at(stable_at):
+                await self._registry.wait_work()
+            if trio.current_time() >= stable_at:
+                stable_at = math.inf
+                self._backoff.stable()
+                self._failover.stable()
             try:
                 await synchronise(connection, self._registry)
             except MQTTDriverError as exc:
@@ -304,7 +307,7 @@ class Supervisor:
     async def _look_for_better(self) -> None:
         endpoint = await self._failover.wait_better(self.generation + 1)
         # At the same moment somebody else may have ended this link already.
-        if endpoint is not None and not self._end_session.is_set():
+        if endpoint is not None and self.state is State.LIVE:
             self._replace(f"{endpoint} is back and preferred")
 
     async def _back_off(self, error: MQTTDriverError | None) -> None:
@@ -387,7 +390,7 @@ class Supervisor:
         The state changes here and not in the supervisor's task, so that wait_live() called next waits.
         """
         self._to(State.BACKING_OFF, f"reconnecting: {reason}")
-        self._end_session.set()
+        self._attempt_scope.cancel(reason=f"reconnecting: {reason}")
 
     def pause(self, reason: str) -> None:
         """Give the link up, whatever its state, and make no other until somebody asks for it."""
@@ -401,8 +404,7 @@ class Supervisor:
             self._to(State.PAUSED, f"paused: {reason}")
         else:
             self._record("pause", f"pausing: {reason}")
-            self._attempt_scope.cancel(reason=f"pausing: {reason}")
-        self._end_session.set()
+        self._attempt_scope.cancel(reason=f"pausing: {reason}")
         self._wake.set()
 
     def resume(self) -> bool:
@@ -431,10 +433,7 @@ class Supervisor:
     async def close(self) -> None:
         """End the connection with DISCONNECT. The caller bounds it, and cancels ``run`` afterwards."""
         self._closing = True
-        if self.state is State.LIVE:
-            self._end_session.set()
-        else:
-            self._attempt_scope.cancel(reason="the driver is left")
+        self._attempt_scope.cancel(reason="the driver is left")
         self._wake.set()
         self._resumed.set()
         await self._states.wait(_CLOSED)

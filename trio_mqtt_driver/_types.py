@@ -414,7 +414,7 @@ class Message(_UsualMessage[T]):
 
 
 class PlainQoS1Message(Message[Any]):
-    """One of QoS 1 that has a topic and a payload, and is else as usual.
+    """One of QoS 1 that has a topic, properties and a payload, and is else as usual.
 
     ``PacketReader`` makes it without ``__init__``, and the next one: that call would cost an eighth of the reading.
     """
@@ -422,7 +422,6 @@ class PlainQoS1Message(Message[Any]):
     __slots__ = ()
 
     retain = dup = False
-    _properties = NO_PROPERTIES
 
 
 class PlainQoS0Message(Message[Any]):
@@ -432,7 +431,6 @@ class PlainQoS0Message(Message[Any]):
 
     retain = dup = False
     packet_id = 0
-    _properties = NO_PROPERTIES
     _open = 1
     _original = _reader = None
 

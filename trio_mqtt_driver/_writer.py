@@ -1,9 +1,10 @@
 """The way out of one connection: what waits to be sent, and the task that sends it.
 
-A publish on a link that was quiet is written at once, without that task (``hurry``): its turns are half of the
-way to the broker. Only then: in a flood the task sends many packets with one call.
-Hazards: the task must be idle, or packets would overtake each other; and Ctrl-C must not get in between the bytes that
-have left and the record of it.
+A packet on a link that was quiet is written at once, without that task (``hurry``): its turns are half of the way to
+the broker. Only then: in a flood the task sends many packets with one call.
+Hazards: the task must be idle, or packets would overtake each other; Ctrl-C must not get in between the bytes that
+have left and the record of it; and by the time that a write returns its packet may have left, and what that made room
+for: whatever must be known of a packet then is noted before.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Writer:
         self._roused_at = -math.inf
         self.buffer: list[bytes] = []
         self._wake = trio.Event()
-        self.idle = False
-        """Whether the task that sends waits for somebody to ``rouse`` it."""
+        self.idle = True
+        """Whether the task that sends has not begun yet, or waits for somebody to ``rouse`` it."""
         self._answers = 0
         self._ended = False
         self.written = 0
@@ -62,7 +63,7 @@ class Writer:
         self.buffer.append(packet)
         self.written += len(packet)
         if self.idle:
-            self.rouse()
+            self.hurry()
 
     def answer(self, packet: bytes) -> None:
         """Take a packet that the peer made us write: so many it can make, but not without bound."""
@@ -88,7 +89,7 @@ class Writer:
 
     @trio.lowlevel.enable_ki_protection
     def hurry(self) -> None:
-        """The same, for a publish: if it is the first one for a while, it is written here and now."""
+        """The same, but if it is the first packet for a while, it is written here and now."""
         now = self._now()
         if self._direct is None or now - self._roused_at < _QUIET:
             self.rouse()
