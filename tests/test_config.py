@@ -163,6 +163,20 @@ def test_a_rate_that_is_none_is_refused(value: Any) -> None:
     assert str(caught.value) == f"refill_rate is {value!r}, allowed are numbers > 0 (math.inf: no limit)"
 
 
+@pytest.mark.parametrize("value", [-0.001, 0.2, math.nan, math.inf])
+def test_a_read_delay_out_of_its_range_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="read_delay") as caught:
+        DriverConfig(endpoint=ENDPOINT, read_delay=value)
+    assert str(caught.value) == f"read_delay: must be a finite number >= 0 and <= 0.1, got {value!r}"
+    assert [DriverConfig(endpoint=ENDPOINT, read_delay=delay).read_delay for delay in (0, 0.1)] == [0, 0.1]
+
+
+@pytest.mark.parametrize("value", ["0.001", None, True])
+def test_a_read_delay_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"read_delay: must be a finite number >= 0 and <= 0\.1"):
+        DriverConfig(endpoint=ENDPOINT, read_delay=value)
+
+
 def test_the_path_of_the_outbox_is_kept_as_text_and_checked(tmp_path: Path) -> None:
     assert DriverConfig(endpoint=ENDPOINT, outbox_path=tmp_path / "outbox").outbox_path == str(tmp_path / "outbox")
     for text in ("", "a\0b"):
@@ -196,7 +210,7 @@ def test_every_field_is_validated_somewhere() -> None:
     """A field that is new is entered above, so that its bad values are tested."""
     known = {*SECONDS_FIELDS, *NUMBERS, *CHOICES, *BOOLEANS, *CALLABLES, *TEXTS}
     known |= {"endpoint", "backoff", "tls", "will", "password", "retry_refusals", "connect_user_properties"}
-    known |= {"fallbacks", "failover", "availability", "offline", "outbox_path", "refill_rate"}
+    known |= {"fallbacks", "failover", "availability", "offline", "outbox_path", "refill_rate", "read_delay"}
     assert {field.name for field in attrs.fields(DriverConfig)} == known
 
 

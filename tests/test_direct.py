@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import socket
+import ssl
 import struct
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from trio.testing import MockClock
 
 from tests.peers import memory_config
 from trio_mqtt_driver import Endpoint, MQTTDriver
-from trio_mqtt_driver._direct import DirectSocket
+from trio_mqtt_driver._direct import DirectSocket, quick_ack_of
 from trio_mqtt_driver._history import Counters
 from trio_mqtt_driver._writer import Writer
 from trio_mqtt_driver.testing import MemoryBroker
@@ -408,4 +410,80 @@ async def test_an_acknowledgement_is_due_for_what_was_written_at_once(
         # Overdue, then asked by PINGREQ, which is not answered either.
         assert 20 < waited <= 20 + config.ping_timeout + 2
         await receipt.wait()  # on the next connection
+        nursery.cancel_scope.cancel()
+
+
+# -- acknowledgements of TCP -----------------------------------------------------------------------------------------
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Segments that the other end's system has not acknowledged yet (``tcpi_unacked``)."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int(struct.unpack_from("I", info, 24)[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_QUICKACK is Linux's")
+async def test_what_was_read_is_acknowledged_at_once_even_if_something_was_sent_before() -> None:
+    async with pair() as (stream, theirs):
+        acknowledge = quick_ack_of(stream)
+        assert acknowledge is not None
+        held_up = 0
+        for _ in range(50):
+            theirs.send(b"question")
+            await stream.receive_some(100)
+            await stream.send_all(b"answer")  # from here on the system would wait, for there may be another one
+            theirs.recv(100)
+            theirs.send(b"more")
+            await stream.receive_some(100)
+            held_up += unacknowledged(theirs) > 0
+            acknowledge()
+            assert unacknowledged(theirs) == 0
+        assert held_up  # else this shows nothing
+
+
+async def test_only_tcp_is_told_to_acknowledge(tmp_path: Path) -> None:
+    ours, _ = trio.testing.memory_stream_pair()
+    assert quick_ack_of(ours) is None
+    assert quick_ack_of(trio.StapledStream(ours, ours)) is None
+    async with pair() as (stream, _):
+        over_tls = trio.SSLStream(stream, ssl.create_default_context(), server_hostname="localhost")
+        acknowledge = quick_ack_of(over_tls)
+        assert (acknowledge is None) == (sys.platform != "linux")
+        await stream.aclose()
+        if acknowledge is not None:
+            acknowledge()  # a closed socket is the read's to find
+    listener = socket.socket(socket.AF_UNIX)
+    with listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        async with await trio.open_unix_socket(tmp_path / "socket") as unix:
+            acknowledge = quick_ack_of(unix)
+            if acknowledge is not None:
+                acknowledge()
+
+
+async def test_a_driver_has_each_read_acknowledged(
+    monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    told = 0
+
+    def counting(_stream: trio.abc.Stream) -> Callable[[], None]:
+        def acknowledge() -> None:
+            nonlocal told
+            told += 1
+
+        return acknowledge
+
+    monkeypatch.setattr("trio_mqtt_driver._connection.quick_ack_of", counting)
+    broker = MemoryBroker(nursery)
+    config = memory_config(broker, open_stream=None, endpoint=Endpoint(host="127.0.0.1", port=await broker.listen()))
+    async with MQTTDriver(config) as driver:
+        got: list[bytes] = []
+        await driver.subscribe("a", lambda message: got.append(message.payload))
+        for number in range(5):
+            before = told
+            broker.publish("a", b"%d" % number)
+            while len(got) <= number:  # noqa: ASYNC110  # turns are waited for
+                await trio.lowlevel.checkpoint()
+            assert told == before + 1
         nursery.cancel_scope.cancel()

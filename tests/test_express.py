@@ -128,7 +128,7 @@ async def run_calls(
 
 @pytest.mark.parametrize("in_flight", [100, 1], ids=["at once", "from the outbox"])
 @pytest.mark.parametrize("qos", [0, 1])
-@pytest.mark.parametrize("size", [0, 100, *range(120, 136), 16_360, *range(16_370, 16_390)])
+@pytest.mark.parametrize("size", [0, 100, *range(120, 136), *range(1000, 1026), 16_360, *range(16_370, 16_390)])
 async def test_packets_of_every_length_are_the_same_and_counted(qos: int, size: int, in_flight: int) -> None:
     calls = [{"topic": "a/b", "payload": bytes(size), "qos": qos, **more} for more in ({}, {"content_type": "c"}, {})]
     one, other = [

@@ -31,7 +31,7 @@ LAYERS = (
     names(
         "_connection _handshake _probe _replay _replies _inflight _incoming _exchanges _limits _registry _outgoing"
         " _outbox _inbox _writer _deadlines _copies _session _sender _receiver _express _attempts _versions _store"
-        " _outbox_file _aliases"
+        " _outbox_file _aliases _gathering"
     ),
     names("_dispatch _subscription _queue _arguments _failover _availability _dialer"),
     names("_supervisor"),
@@ -50,7 +50,7 @@ STRANGERS = {
 # Modules that are functions of their arguments: no clock, no tasks.
 WITHOUT_TRIO = names(
     "_topics _types _properties _url _client_id _backoff _endpoints _codecs _callbacks _edges _history _status"
-    " _packets _subscribing _aliases",
+    " _packets _subscribing _aliases _gathering",
 )
 PAHO = names("paho trio_paho_mqtt")
 MOST_LINES = 500

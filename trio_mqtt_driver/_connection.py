@@ -26,7 +26,7 @@ import trio
 
 from ._config import DriverConfig
 from ._deadlines import CLOCKS_EVERY, Deadlines
-from ._direct import DirectSocket
+from ._direct import DirectSocket, quick_ack_of
 from ._errors import (
     ConnectionLostError,
     MQTTDriverError,
@@ -35,6 +35,7 @@ from ._errors import (
     RefusedError,
     ServerDisconnectedError,
 )
+from ._gathering import Gathering
 from ._history import Counters
 from ._inbox import Inbox
 from ._outbox import Outbox
@@ -314,7 +315,9 @@ class Connection:
     async def _read_loop(self) -> None:
         size = _RECEIVE_SIZE
         direct = DirectSocket.of(self._stream)
+        quick_ack = quick_ack_of(self._stream)
         emptied = False
+        gathering = Gathering(self.config.read_delay)
         while True:  # noqa: ASYNC913  # the read is the cancel point, and an error of it ends the loop
             try:
                 data = await (direct.read(size) if direct and emptied else self._stream.receive_some(size))
@@ -348,13 +351,18 @@ class Connection:
                 self.fail(
                     ConnectionLostError(f"the broker reads nothing: {self._writer.answers} bytes of answers wait")
                 )
-            self.sender.refill()
+            if plain_size is None:  # else there was no acknowledgement that has made room
+                self.sender.refill()
+            if quick_ack is not None:
+                quick_ack()
             if self._inbox.crowded:
                 await self._inbox.give_way()
             # Only for messages of this link: a queue that is full since the last one must not hide the handshake.
-            full = self._inbox.full or self.receiver.full
-            if messages and full and not self._inbox.retired:
-                await self._pause()
+            if messages and not self._inbox.retired:
+                if self._inbox.full or self.receiver.full:
+                    await self._pause()
+                elif emptied and (delay := gathering.wait_after(self.deadlines.heard_at, len(messages))):
+                    await trio.sleep(delay)
 
     def _gone(self, error: MQTTDriverError) -> None:
         self._eof.set()

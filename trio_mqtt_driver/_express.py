@@ -30,7 +30,7 @@ from ._history import Counters
 from ._inflight import OutgoingWindow
 from ._outbox import Outbox
 from ._outgoing import OVERHEAD, Plain, Sent
-from ._properties import PropertyBlocks
+from ._properties import PropertyBlocks, encode_varint
 from ._topics import check_topic
 from ._turns import Turns
 from ._types import OfflinePolicy, ServerLimits
@@ -39,8 +39,9 @@ from ._writer import Writer
 _CACHED_TOPICS = 4096
 _CACHED_LENGTH = 256
 _new = Plain.__new__
-_QOS_0 = [b"0%c" % length for length in range(128)]
-_QOS_1 = [b"2%c" % length for length in range(128)]
+_TABLED = 1024
+_QOS_0 = [b"0" + encode_varint(length) for length in range(_TABLED)]
+_QOS_1 = [b"2" + encode_varint(length) for length in range(_TABLED)]
 """The beginning of a packet, by its length."""
 _ID, _ID_NO_PROPERTIES = struct.Struct(">H"), struct.Struct(">Hx")
 _LONGEST = 16383
@@ -112,7 +113,7 @@ class ExpressLane:
         length = len(whole) + len(payload)
         if length > self._longest:
             return None
-        start = _QOS_0[length] if length < 128 else b"0%c%c" % (length & 127 | 128, length >> 7)
+        start = _QOS_0[length] if length < _TABLED else b"0%c%c" % (length & 127 | 128, length >> 7)
         writer.buffer += start, whole, payload
         writer.written += length + len(start)
         self._counters.messages_out += 1
@@ -172,7 +173,7 @@ class ExpressLane:
         outgoing.order = window._count = window._count + 1
         outgoing.wire_end = end = writer.written + length + (2 if length < 128 else 3)
         sent[packet_id] = outgoing
-        start = _QOS_1[length] if length < 128 else b"2%c%c" % (length & 127 | 128, length >> 7)  # as send
+        start = _QOS_1[length] if length < _TABLED else b"2%c%c" % (length & 127 | 128, length >> 7)  # as send
         writer.buffer += start, head, self._tail(packet_id) if not block else _ID.pack(packet_id) + block, payload
         writer.written = end
         self._counters.messages_out += 1
@@ -198,7 +199,7 @@ class ExpressLane:
         tail = _ID.pack(self._window.add(outgoing)) + (outgoing.properties if self._block else b"")
         length = len(head) + len(tail) + len(payload)
         writer = self._writer
-        start = _QOS_1[length] if length < 128 else b"2%c%c" % (length & 127 | 128, length >> 7)
+        start = _QOS_1[length] if length < _TABLED else b"2%c%c" % (length & 127 | 128, length >> 7)
         writer.buffer += start, head, tail, payload
         writer.written = outgoing.wire_end = writer.written + length + len(start)
         outgoing.attempts += 1

@@ -23,14 +23,18 @@ def positive(instance: object, attribute: attrs.Attribute[Any], value: object) -
         raise ValueError(f"{attribute.name} is {value!r}, allowed are numbers > 0 (math.inf: no limit)")
 
 
-def number(minimum: float, *, above: bool = False) -> Callable[[object, attrs.Attribute[Any], object], None]:
-    """A finite number, at least (or, with ``above``, greater than) ``minimum``."""
+def number(
+    minimum: float, *, above: bool = False, maximum: float = math.inf
+) -> Callable[[object, attrs.Attribute[Any], object], None]:
+    """A finite number, at least (or, with ``above``, greater than) ``minimum``, and at most ``maximum``."""
     wanted = f"a finite number {'>' if above else '>='} {minimum:g}"
+    if maximum < math.inf:
+        wanted += f" and <= {maximum:g}"
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{attribute.name}: must be {wanted}, got {value!r}")
-        if not math.isfinite(value) or value < minimum or (above and value == minimum):
+        if not math.isfinite(value) or not minimum <= value <= maximum or (above and value == minimum):
             raise ValueError(f"{attribute.name}: must be {wanted}, got {value!r}")
 
     return check
