@@ -541,6 +541,6 @@ async def test_what_is_remembered_of_topics_and_identifiers_is_bounded(
             for _ in range(2):
                 packet = Publish(topic="a/b", payload=b"%d" % number, properties=properties)
                 broker.send(driver.client_id or "", packet)
-        await settled()
+                await settled()
         assert got == [b"%d" % number for number in range(2, 1000) for _ in range(2)]
         assert len(driver._dispatcher._sole) <= 16

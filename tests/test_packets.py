@@ -195,6 +195,27 @@ def test_properties_are_read_by_the_rules_in_a_flood_too(rest: bytes, words: str
     assert words in error
 
 
+def test_a_property_length_of_two_bytes_is_not_taken_for_one_byte_and_a_block_that_is_known() -> None:
+    block = b"\x01\x00\x03\x00\x7d" + b"t" * 125
+    good = publish_packet(b"\x00\x01a\x82\x01" + block + b"x")
+    packets, error = read(good * 2 + publish_packet(b"\x00\x01a\x82" + block + b"x"))
+    assert len(packets) == 2
+    assert "property 0x00" in error
+
+
+def test_payloads_are_counted_without_their_properties() -> None:
+    reader = new_reader()
+    messages = b"".join(
+        publish_packet(b"\0\1a" + packet_id + b"\2\x0b\7" + bytes(size), 0x32 if packet_id else 0x30)
+        for size in (3, 200)
+        for packet_id in (b"", b"\0\7")
+    )
+    assert len(reader.feed(messages)) == 4  # topic and properties are new
+    assert not reader.plain
+    assert len(reader.feed(messages * 2)) == 8
+    assert (reader.plain, reader.plain_1, reader.plain_size) == (True, 4, 2 * (3 + 3 + 200 + 200))
+
+
 def test_a_topic_alias_is_set_and_used_in_a_flood_too() -> None:
     aliases = [aliased("a", 1), aliased("", 1), aliased("b", 1), aliased("", 1), aliased("a", 1), aliased("", 1)]
     packets, error = read(b"".join(aliases * 2), topic_alias_maximum=1)
