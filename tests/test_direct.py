@@ -446,6 +446,7 @@ async def test_only_tcp_is_told_to_acknowledge(tmp_path: Path) -> None:
     ours, _ = trio.testing.memory_stream_pair()
     assert quick_ack_of(ours) is None
     assert quick_ack_of(trio.StapledStream(ours, ours)) is None
+    assert quick_ack_of(trio.SocketStream(Fake())) is None
     async with pair() as (stream, _):
         over_tls = trio.SSLStream(stream, ssl.create_default_context(), server_hostname="localhost")
         acknowledge = quick_ack_of(over_tls)

@@ -143,7 +143,7 @@ def test_the_table_of_modules_is_that_of_the_layers() -> None:
 def test_the_table_of_timers_names_every_timer_and_its_default() -> None:
     in_seconds = {"keep_alive"} | {name for name in defaults(DriverConfig) if name.endswith("_timeout")}
     expected = {name: defaults(DriverConfig)[name] for name in in_seconds}
-    expected["session_expiry"] = defaults(DriverConfig)["session_expiry"]
+    expected |= {name: defaults(DriverConfig)[name] for name in ("session_expiry", "read_delay")}
     groups: list[tuple[str, type[BackoffConfig | FailoverConfig]]] = [
         ("backoff", BackoffConfig),
         ("failover", FailoverConfig),

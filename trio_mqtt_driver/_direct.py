@@ -74,7 +74,7 @@ def quick_ack_of(stream: trio.abc.Stream) -> Callable[[], None] | None:
     """
     if isinstance(stream, trio.SSLStream):
         stream = cast("trio.SSLStream[trio.abc.Stream]", stream).transport_stream
-    if _QUICK_ACK is None or not isinstance(stream, trio.SocketStream):
+    if _QUICK_ACK is None or not isinstance(stream, trio.SocketStream) or DirectSocket.of(stream) is None:
         return None
     option, sock = _QUICK_ACK, stream.socket
 

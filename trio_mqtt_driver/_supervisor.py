@@ -307,7 +307,7 @@ class Supervisor:
     async def _look_for_better(self) -> None:
         endpoint = await self._failover.wait_better(self.generation + 1)
         # At the same moment somebody else may have ended this link already.
-        if endpoint is not None and self.state is State.LIVE:
+        if endpoint is not None and not self._attempt_scope.cancel_called:
             self._replace(f"{endpoint} is back and preferred")
 
     async def _back_off(self, error: MQTTDriverError | None) -> None:
