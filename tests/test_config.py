@@ -163,17 +163,17 @@ def test_a_rate_that_is_none_is_refused(value: Any) -> None:
     assert str(caught.value) == f"refill_rate is {value!r}, allowed are numbers > 0 (math.inf: no limit)"
 
 
-@pytest.mark.parametrize("value", [-0.001, 0.2, math.nan, math.inf])
+@pytest.mark.parametrize("value", [-0.001, 0.021, math.nan, math.inf])
 def test_a_read_delay_out_of_its_range_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="read_delay") as caught:
         DriverConfig(endpoint=ENDPOINT, read_delay=value)
-    assert str(caught.value) == f"read_delay: must be a finite number >= 0 and <= 0.1, got {value!r}"
-    assert [DriverConfig(endpoint=ENDPOINT, read_delay=delay).read_delay for delay in (0, 0.1)] == [0, 0.1]
+    assert str(caught.value) == f"read_delay: must be a finite number >= 0 and <= 0.02, got {value!r}"
+    assert [DriverConfig(endpoint=ENDPOINT, read_delay=delay).read_delay for delay in (0, 0.02)] == [0, 0.02]
 
 
 @pytest.mark.parametrize("value", ["0.001", None, True])
 def test_a_read_delay_that_is_no_number_is_refused(value: Any) -> None:
-    with pytest.raises(TypeError, match=r"read_delay: must be a finite number >= 0 and <= 0\.1"):
+    with pytest.raises(TypeError, match=r"read_delay: must be a finite number >= 0 and <= 0\.02"):
         DriverConfig(endpoint=ENDPOINT, read_delay=value)
 
 

@@ -102,6 +102,23 @@ async def test_a_stable_link_that_is_lost_is_looked_for_where_it_was(
         assert several.order == "a" * 6
 
 
+async def test_a_link_is_stable_also_if_a_subscription_waits_for_its_answer_just_then(
+    several: Several, autojump_clock: MockClock
+) -> None:
+    async with MQTTDriver(several.config(subscribe_timeout=10)) as driver:
+        for _ in range(3):
+            since = trio.current_time()
+            await trio.sleep(25)
+            several["a"].silence()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(driver.subscribe, f"a/{since}", print)
+                await driver.wait_state(State.BACKING_OFF)
+                assert trio.current_time() - since >= 30
+                await driver.wait_live()
+        assert several.order == "a" * 4
+        assert driver.status().endpoints[0].failures == 0
+
+
 async def test_a_broker_that_accepts_and_drops_is_left(several: Several, autojump_clock: MockClock) -> None:
     async with MQTTDriver(several.config(), start="background") as driver:
         for _ in range(2):

@@ -444,6 +444,19 @@ def test_what_the_reader_remembers_is_bounded_whatever_the_broker_sends() -> Non
     assert len(reader._blocks) <= 256
 
 
+def test_where_all_packets_differ_few_are_noted_and_one_that_comes_again_is() -> None:
+    """To note how one is taken apart takes as long as to read several."""
+    reader = new_reader()
+    reader.feed(publish_packet(b"\0\1a\0"))
+    for size in range(10_000):
+        assert reader.feed(publish_packet(b"\0\1a\0" + bytes(size)))
+    assert 64 <= len(reader._shapes) <= 64 + 10_000 / 32 + 1
+    often = publish_packet(b"\0\1a\0" + bytes(10_000))
+    for _ in range(40):
+        assert reader.feed(often)
+    assert often[:5] in reader._shapes
+
+
 # -- any bytes in any chunks ----------------------------------------------------------------------------------------
 
 

@@ -341,9 +341,9 @@ class DriverConfig:
     another. 0 switches that off."""
     write_buffer: int = attrs.field(default=1024 * 1024, validator=between(1024, 2**32))
     """Bytes waiting for the socket above which ``publish()`` waits."""
-    read_delay: float = attrs.field(default=0.001, validator=number(0, maximum=0.1))
-    """Seconds that a read waits, so that it brings more, on a link that takes thousands of reads a second: a fraction
-    of the CPU time for so much latency. Not if less comes then. 0: never. See ``docs/performance.md``."""
+    read_delay: float = attrs.field(default=0.001, validator=number(0, maximum=0.02))
+    """Seconds that a read waits, so that it brings more, on a link without TLS that takes thousands of reads a second:
+    a fraction of the CPU time for so much latency. Not if less comes then. 0: never. See ``docs/backpressure.md``."""
     queue_messages: int = attrs.field(default=10_000, validator=between(1, 10_000_000))
     """Bound of each subscription's queue, unless the subscription names its own."""
     queue_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 2**40))

@@ -317,7 +317,8 @@ class Connection:
         direct = DirectSocket.of(self._stream)
         quick_ack = quick_ack_of(self._stream)
         emptied = False
-        gathering = Gathering(self.config.read_delay)
+        # Of other streams, such as TLS, a read may bring one message while more are there, and be as quick as that.
+        gathering = Gathering(self.config.read_delay) if direct is not None else None
         while True:  # noqa: ASYNC913  # the read is the cancel point, and an error of it ends the loop
             try:
                 data = await (direct.read(size) if direct and emptied else self._stream.receive_some(size))
@@ -351,8 +352,7 @@ class Connection:
                 self.fail(
                     ConnectionLostError(f"the broker reads nothing: {self._writer.answers} bytes of answers wait")
                 )
-            if plain_size is None:  # else there was no acknowledgement that has made room
-                self.sender.refill()
+            self.sender.refill()
             if quick_ack is not None:
                 quick_ack()
             if self._inbox.crowded:
@@ -361,7 +361,11 @@ class Connection:
             if messages and not self._inbox.retired:
                 if self._inbox.full or self.receiver.full:
                     await self._pause()
-                elif emptied and (delay := gathering.wait_after(self.deadlines.heard_at, len(messages))):
+                elif (
+                    gathering is not None
+                    and (delay := gathering.wait_after(self.deadlines.heard_at, len(messages), emptied=emptied))
+                    and not (self.sender.in_flight or self._requests or self.deadlines.pings)
+                ):  # Whoever waits for an answer of the broker need not wait for other people's messages.
                     await trio.sleep(delay)
 
     def _gone(self, error: MQTTDriverError) -> None:

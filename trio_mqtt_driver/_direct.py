@@ -77,11 +77,13 @@ def quick_ack_of(stream: trio.abc.Stream) -> Callable[[], None] | None:
     if _QUICK_ACK is None or not isinstance(stream, trio.SocketStream) or DirectSocket.of(stream) is None:
         return None
     option, sock = _QUICK_ACK, stream.socket
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
 
     def acknowledge() -> None:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, option, 1)
-        except OSError:  # it is closed, which the next read tells, or a Unix socket, which never waits
+        except OSError:  # it is closed, which the next read tells
             pass
 
     return acknowledge

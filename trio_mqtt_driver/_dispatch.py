@@ -8,7 +8,7 @@ that sleeps holds up nobody else's messages, acknowledgements or keep-alive.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
@@ -24,7 +24,7 @@ logger = logging.getLogger("trio_mqtt_driver")
 
 _CACHED_TOPICS = 10_000
 _CACHED_LENGTH = 256
-_CACHED_IDENTIFIERS = 16
+_NO_SOLE: Mapping[str, Subscription[Any]] = {}
 
 Target = tuple[Registration[Subscription[Any]], Subscription[Any]]
 
@@ -45,6 +45,8 @@ class Dispatcher:
         self._targets: dict[str, tuple[Target, ...]] = {}
         self._sole: dict[tuple[int, ...], dict[str, Subscription[Any]]] = {}
         """Of the topics that have one target, that; by the Subscription Identifiers that the message has."""
+        self._soles = 0
+        """How many these are in all."""
         self._targets_version = -1
         self._dealer = CopyDealer()
         self._dealing_for: Acknowledger | None = None
@@ -84,11 +86,11 @@ class Dispatcher:
         begin = 0
         owner: Subscription[Any] | None = None
         properties = messages[0]._properties  # pyright: ignore[reportPrivateUsage]
-        sole = self._sole_for(properties.subscription_identifiers)
+        sole = self._sole.get(properties.subscription_identifiers, _NO_SOLE)
         for number, message in enumerate(messages):
             if message._properties is not properties:  # pyright: ignore[reportPrivateUsage]
                 properties = message._properties  # pyright: ignore[reportPrivateUsage]
-                sole = self._sole_for(properties.subscription_identifiers)
+                sole = self._sole.get(properties.subscription_identifiers, _NO_SOLE)
             subscription = sole.get(message.topic)
             if subscription is owner and owner is not None:
                 continue
@@ -98,7 +100,7 @@ class Dispatcher:
             if owner is None:
                 targets = self._targets_of(message)
                 if len(targets) == 1 and message.topic in self._targets:
-                    sole[message.topic] = targets[0][1]
+                    sole = self._note_sole(properties.subscription_identifiers, message.topic, targets[0][1])
                 self._deliver(message, targets, copies=False)
         if owner is not None:
             if begin:
@@ -106,12 +108,15 @@ class Dispatcher:
             elif owner.put(messages, size):
                 self._crowd(owner)
 
-    def _sole_for(self, identifiers: tuple[int, ...]) -> dict[str, Subscription[Any]]:
-        sole = self._sole.get(identifiers)
-        if sole is None:
-            if len(self._sole) >= _CACHED_IDENTIFIERS:
-                self._sole.clear()
-            sole = self._sole[identifiers] = {}
+    def _note_sole(
+        self, identifiers: tuple[int, ...], topic: str, subscription: Subscription[Any]
+    ) -> Mapping[str, Subscription[Any]]:
+        if self._soles >= _CACHED_TOPICS:
+            self._sole.clear()
+            self._soles = 0
+        self._soles += 1
+        sole = self._sole.setdefault(identifiers, {})
+        sole[topic] = subscription
         return sole
 
     def _targets_of(self, message: Message[Any]) -> tuple[Target, ...]:
@@ -182,6 +187,7 @@ class Dispatcher:
     def _forget_targets(self) -> None:
         self._targets.clear()
         self._sole.clear()
+        self._soles = 0
 
     @property
     def crowded(self) -> bool:

@@ -48,12 +48,21 @@ class Gathering:
         self._busy = 0
         self._waits = 0
         """How often it has waited since then; 0 if it does not."""
+        self._waiting = False
+        """Whether there was no read since the last wait."""
         self._skip = self._skipped = 0
 
-    def wait_after(self, now: float, messages: int) -> float:
-        """How many seconds to wait, now that a read has brought so many messages, and with them all that was there."""
-        self._reads += 1
+    def wait_after(self, now: float, messages: int, *, emptied: bool) -> float:
+        """How many seconds to wait, now that a read has brought so many messages; ``emptied`` if that was all."""
         self._messages += messages
+        if not emptied:
+            return 0.0
+        if self._waiting:
+            self._waiting = False
+            if now > self._reads_since + self._delay + _SPAN_BETWEEN:  # nothing came, or timers are coarse here
+                self._in_vain()
+            self._reads_since = now
+        self._reads += 1
         elapsed = now - self._reads_since
         reads, span = (_READS_BETWEEN, _SPAN_BETWEEN) if self._waits else (_READS, _SPAN)
         if self._reads < reads and elapsed <= span:
@@ -62,10 +71,12 @@ class Gathering:
         self._reads = 0
         self._reads_since = now
         if not busy:
-            self._busy = self._waits = 0
+            self._busy = 0
+            if self._waits:
+                self._in_vain()
         elif self._go_on(now) if self._waits else self._begin(now):
             self._waits += 1
-            self._reads_since += self._delay
+            self._waiting = True
             return self._delay
         return 0.0
 
@@ -87,11 +98,14 @@ class Gathering:
         if self._waits < _WAITS and (enough or self._waits < _JUDGED):
             return True
         if enough:
-            self._skipped = 0
+            self._skipped = self._busy = self._waits = 0
         else:
-            self._skip = self._skipped = min(max(2 * self._skipped, _SKIPPED), _MOST_SKIPPED)
-        self._busy = self._waits = 0
+            self._in_vain()
         return False
+
+    def _in_vain(self) -> None:
+        self._skip = self._skipped = min(max(2 * self._skipped, _SKIPPED), _MOST_SKIPPED)
+        self._busy = self._waits = 0
 
     def _measure(self, now: float) -> None:
         self._messages = 0

@@ -78,6 +78,9 @@ _PUBACKS = re.compile(rb"(?:@\x02..)+", re.DOTALL)
 # Caches are emptied when full: an entry that is still in use comes back with the next message.
 _CACHED_TOPICS = 4096
 _CACHED_SHAPES = 2048
+_NOTED_EACH = 32
+_MOST_TO_NOTE = 64 * _NOTED_EACH
+"""One shape is noted for so many messages; at first, or after a while without any, for so many."""
 _CACHED_BLOCKS = 256
 _CACHED_LENGTH = 256
 
@@ -121,6 +124,7 @@ class PacketReader:
         self._need = 0
         self._topics: dict[bytes, str] = {}
         self._shapes: dict[bytes, _Shape] = {}
+        self._to_note = _MOST_TO_NOTE
         self._blocks: dict[bytes, PropertyBlock | PublishProperties] = {}
         self._aliases: dict[int, str] = {}
 
@@ -233,14 +237,18 @@ class PacketReader:
         packet_id: int
         properties: int
         while start + 5 < end:
-            shape = shapes(data[start : start + 5]) or self._learn(data, start)
-            if shape is None:
-                break
-            length, qos, left, unpack = shape
-            stop = start + length
-            if stop > end:
-                break
-            raw, packet_id, properties, payload = unpack(data, start)
+            shape = shapes(data[start : start + 5])
+            if shape is not None:
+                length, qos, left, unpack = shape
+                stop = start + length
+                if stop > end:
+                    break
+                raw, packet_id, properties, payload = unpack(data, start)
+            else:
+                parts = self._take_apart(data, start)
+                if parts is None:
+                    break
+                stop, qos, left, raw, packet_id, properties, payload = parts
             topic = known(raw)
             if not topic:
                 break
@@ -274,13 +282,21 @@ class PacketReader:
             append(message)
             payloads += left
             start = stop
+        count = len(packets) - before
         self.plain_size += payloads
-        self.plain_1 += len(packets) - before - zeros
+        self.plain_1 += count - zeros
+        self._to_note = min(self._to_note + count, _MOST_TO_NOTE)
         return start
 
-    def _learn(self, data: bytes, start: int) -> _Shape | None:
-        """Note how to take a PUBLISH apart that begins with these five bytes: in one call, where others that begin
-        alike need several. None if there can be something about it."""
+    def _take_apart(self, data: bytes, start: int) -> tuple[int, int, int, bytes, int, int, bytes] | None:
+        """Where a PUBLISH ends, its QoS, its payload's size, and its parts; None if there can be something about it.
+
+        Noted, for the next that begins with the same five bytes. But not each: to note one takes as long as to read
+        several, and where all differ it is for nothing.
+        """
+        first: int
+        length: int
+        size: int
         first, length, size = _SHORT_HEADER(data, start)
         skip = 4
         if length > 127:
@@ -292,15 +308,20 @@ class PacketReader:
         qos = first >> 1 & 1
         left = length - 2 - size - 2 * qos - self._version5
         length += skip - 2
-        if (first != 0x30 and first != 0x32) or left < 0 or length > self._maximum_packet_size:
+        stop = start + length
+        if first not in (0x30, 0x32) or left < 0 or length > self._maximum_packet_size or stop > len(data):
             return None
-        packet_id = "H" if qos else "0s"
-        properties = "B" if self._version5 else "0s"
-        if len(self._shapes) >= _CACHED_SHAPES:
-            self._shapes.clear()
-        unpack = struct.Struct(f">{skip}x{size}s{packet_id}{properties}{left}s").unpack_from
-        shape = self._shapes[data[start : start + 5]] = length, qos, left, unpack
-        return shape
+        if self._to_note >= 0:
+            self._to_note -= _NOTED_EACH
+            if len(self._shapes) >= _CACHED_SHAPES:
+                self._shapes.clear()
+            parts = f">{skip}x{size}s{'H' if qos else '0s'}{'B' if self._version5 else '0s'}{left}s"
+            self._shapes[data[start : start + 5]] = length, qos, left, struct.Struct(parts).unpack_from
+        pos = start + skip + size
+        raw = data[start + skip : pos]
+        packet_id: int = data[pos] << 8 | data[pos + 1] if qos else 0
+        properties: int = data[pos + 2 * qos] if self._version5 else 0
+        return stop, qos, left, raw, packet_id, properties, data[stop - left : stop]
 
     def _check_control_size(self, first: int, size: int) -> None:
         if first & 0xF0 != 0x30 and size > _CONTROL_MAXIMUM:

@@ -320,6 +320,8 @@ class Supervisor:
         live = self.state is State.LIVE
         if live:
             self._history.counters.losses += 1
+            if trio.current_time() - self._live_since >= self._backoff.stable_after:
+                self._failover.stable()  # the subscriptions may not have left the time to say so
         else:
             self._history.counters.failures += 1
         if self._failover.refer(self._dialer.endpoint, error):

@@ -1,7 +1,7 @@
 """The way out of one connection: what waits to be sent, and the task that sends it.
 
 A packet on a link that was quiet is written at once, without that task (``hurry``): its turns are half of the way to
-the broker. Only then: in a flood the task sends many packets with one call.
+the broker. Only then: in a flood the task sends many packets with one call. Acknowledgements are the task's always.
 Hazards: the task must be idle, or packets would overtake each other; Ctrl-C must not get in between the bytes that
 have left and the record of it; and by the time that a write returns its packet may have left, and what that made room
 for: whatever must be known of a packet then is noted before.
@@ -89,9 +89,9 @@ class Writer:
 
     @trio.lowlevel.enable_ki_protection
     def hurry(self) -> None:
-        """The same, but if it is the first packet for a while, it is written here and now."""
+        """The same, but if it is the first packet for a while, and not a large one, it is written here and now."""
         now = self._now()
-        if self._direct is None or now - self._roused_at < _QUIET:
+        if self._direct is None or now - self._roused_at < _QUIET or self.written - self.flushed > _SEND_SIZE:
             self.rouse()
             return
         self._roused_at = now  # first: what follows may have more sent
