@@ -151,7 +151,7 @@ def test_floods_with_pauses_between_them_are_each_read_more_seldom() -> None:
 
 @pytest.mark.parametrize("late", [0.005, 0.015])
 def test_where_timers_are_coarse_waiting_is_given_up(late: float) -> None:
-    """Windows has 15 ms. A peer that waits for us would be held up so long each time."""
+    """A peer that waits for us would be held up so long each time."""
     without = read_for(2.0, waiting(1, 50e-6), delay=0.0)
     gathered = read_for(2.0, waiting(1, 50e-6), late=late)
     assert gathered.waits
