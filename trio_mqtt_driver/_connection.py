@@ -332,6 +332,7 @@ class Connection:
             self._counters.bytes_in += len(data)
             messages: list[Message[Any]] = []
             plain_size: int | None = None
+            held = self._writer.hold()
             try:
                 plain_size = self._take_packets(self._reader.feed(data), messages)
             except ProtocolError as exc:
@@ -353,6 +354,9 @@ class Connection:
                     ConnectionLostError(f"the broker reads nothing: {self._writer.answers} bytes of answers wait")
                 )
             self.sender.refill()
+            if held:
+                self.receiver.collect()
+                self._writer.let_go()
             if quick_ack is not None:
                 quick_ack()
             if self._inbox.crowded:

@@ -192,6 +192,24 @@ class ExpressLane:
             return None
         return outgoing
 
+    @trio.lowlevel.enable_ki_protection
+    def refill(self) -> None:
+        """Send what waits in the outbox, as far as it is for here and has room: as ``Sender.refill``, for many."""
+        writer, window, outbox = self._writer, self._window, self._outbox
+        if window._unsent or window.alone is not None or outbox._latest or not outbox._lanes:
+            return
+        lane = outbox._lanes[0][1]
+        room = window.size - len(window._sent) - len(window._released)
+        while room > 0 and lane and writer.written - writer.flushed < self._write_buffer:
+            outgoing = lane[0]
+            if type(outgoing) is not Plain or outgoing.done or outgoing.suspected or outgoing.size > self._longest_1:
+                return
+            del lane[0]  # as Outbox.pop
+            outgoing.queued = False
+            outbox._waiting -= 1
+            room -= 1
+            self.send(outgoing)
+
     def send(self, outgoing: Plain) -> None:
         """Send a message that has waited in the outbox, on this link or an older one."""
         topic, payload = outgoing.topic, outgoing.payload

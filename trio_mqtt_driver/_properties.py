@@ -373,14 +373,25 @@ class PropertyBlocks:
 
     def __init__(self) -> None:
         self._blocks: dict[tuple[tuple[str, object], ...], bytes] = {}
+        self._last: Mapping[str, Any] = {}
+        self._last_block = b""
 
     def find(self, properties: Mapping[str, Any]) -> bytes | None:
         """None for those that do not repeat, or are bad. Raises ``ValueError`` for bad values."""
+        try:
+            if properties == self._last:  # quicker than a key that must be made and hashed
+                return self._last_block
+        except Exception:  # what is compared may be anything
+            return None
         key = tuple(properties.items())
         try:
-            return self._blocks.get(key) or self._learn(key, properties)
+            block = self._blocks.get(key)
+            if block is None:
+                return self._learn(key, properties)
         except TypeError:  # not hashable, or of a wrong type
             return None
+        self._last, self._last_block = properties, block
+        return block
 
     def _learn(self, key: tuple[tuple[str, object], ...], properties: Mapping[str, Any]) -> bytes | None:
         if not properties.keys() <= _REPEATED:

@@ -233,6 +233,8 @@ class Sender:
         """Send what the window and the write buffer have room for: first what an older connection left open."""
         if not self._begun:
             return  # What the window holds has still to be sorted: the session may be another one.
+        if not self._paced:
+            self.express.refill()
         while self.has_room and not self._waits_for_suspect():
             if self._window.has_unsent:
                 if not self._window.may_take_up or not self._admits(self._window.next_unsent):

@@ -1,7 +1,9 @@
 """The way out of one connection: what waits to be sent, and the task that sends it.
 
 A packet on a link that was quiet is written at once, without that task (``hurry``): its turns are half of the way to
-the broker. Only then: in a flood the task sends many packets with one call. Acknowledgements are the task's always.
+the broker. Only then: in a flood the task sends many packets with one call. What a read brings about, such as the
+publishes that acknowledgements made room for, is written in one piece when the read is done with (``hold``,
+``let_go``). The acknowledgements of what has been processed since are the task's always.
 Hazards: the task must be idle, or packets would overtake each other; Ctrl-C must not get in between the bytes that
 have left and the record of it; and by the time that a write returns its packet may have left, and what that made room
 for: whatever must be known of a packet then is noted before.
@@ -90,11 +92,29 @@ class Writer:
     @trio.lowlevel.enable_ki_protection
     def hurry(self) -> None:
         """The same, but if it is the first packet for a while, and not a large one, it is written here and now."""
-        now = self._now()
-        if self._direct is None or now - self._roused_at < _QUIET or self.written - self.flushed > _SEND_SIZE:
+        if self._now() - self._roused_at < _QUIET:
+            self.rouse()
+        else:
+            self._write_now()
+
+    def hold(self) -> bool:
+        """Have what is written from now on wait for ``let_go``. False, and nothing is done, if the task is at work:
+        it will send that anyway."""
+        was_idle, self.idle = self.idle, False
+        return was_idle
+
+    @trio.lowlevel.enable_ki_protection
+    def let_go(self) -> None:
+        """Send what was written since ``hold``."""
+        self.idle = True
+        if self.buffer:
+            self._write_now()
+
+    def _write_now(self) -> None:
+        if self._direct is None or self.written - self.flushed > _SEND_SIZE:
             self.rouse()
             return
-        self._roused_at = now  # first: what follows may have more sent
+        self._roused_at = self._now()  # first: what follows may have more sent
         data = b"".join(self.buffer)
         sent = self._direct.write(data)
         if sent < len(data):
@@ -102,6 +122,7 @@ class Writer:
             self.rouse()
         else:
             self.buffer.clear()
+            self._answers = 0
         if sent:
             self._count(sent)
 
