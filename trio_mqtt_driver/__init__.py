@@ -52,8 +52,8 @@ from ._outbox_file import Quarantined as Quarantined, quarantined_messages as qu
 from ._outgoing import Receipt as Receipt, Undelivered as Undelivered
 from ._registry import SubscriptionOptions as SubscriptionOptions
 from ._state_view import StateView as StateView
-from ._status import Status as Status
-from ._subscription import Subscription as Subscription, SubscriptionStatistics as SubscriptionStatistics
+from ._status import Status as Status, SubscriptionStatistics as SubscriptionStatistics
+from ._subscription import Subscription as Subscription
 from ._tls import TLSConfig as TLSConfig
 from ._types import (
     Acknowledge as Acknowledge,

@@ -355,8 +355,8 @@ class Connection:
                 )
             self.sender.refill()
             if held:
-                self.receiver.collect()
                 self._writer.let_go()
+                self.receiver.noted()
             if quick_ack is not None:
                 quick_ack()
             if self._inbox.crowded:

@@ -105,6 +105,8 @@ class Dispatcher:
         if owner is not None:
             if begin:
                 self._put_row(owner, messages[begin:])
+            elif len(messages) == 1 and owner.handle_now(messages[0]):
+                return
             elif owner.put(messages, size):
                 self._crowd(owner)
 
@@ -338,6 +340,7 @@ class Dispatcher:
             await subscription._handle(handler)  # pyright: ignore[reportPrivateUsage]
         finally:
             self._handling.discard(subscription)
+            subscription.handler_ended()
             self._idle.set()
 
     def failed(self, subscription: Subscription[Any], message: Message[Any], error: Exception) -> bool:

@@ -381,7 +381,7 @@ class PropertyBlocks:
         try:
             if properties == self._last:  # quicker than a key that must be made and hashed
                 return self._last_block
-        except Exception:  # what is compared may be anything
+        except Exception:  # noqa: BLE001  # what is compared may be anything
             return None
         key = tuple(properties.items())
         try:

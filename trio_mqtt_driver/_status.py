@@ -1,4 +1,4 @@
-"""What ``driver.status()`` returns: plain values, none of them secret."""
+"""What ``driver.status()`` and ``subscription.statistics()`` return: plain values, none of them secret."""
 
 from __future__ import annotations
 
@@ -51,3 +51,25 @@ class Status:
         values = attrs.asdict(self)
         values["state"] = self.state.value
         return values
+
+
+@attrs.frozen(kw_only=True)
+class SubscriptionStatistics:
+    """A snapshot of what became of a subscription's messages."""
+
+    received: int
+    delivered: int
+    """Given to the handler or handed out by the iterator."""
+    dropped: int
+    """By the overflow policy: what need not be acknowledged, or is superseded; or still queued when the driver
+    ended."""
+    superseded: int
+    """Of these, those of any QoS that a newer one of the same topic took the place of (``Overflow.LATEST``)."""
+    refused: int
+    """With ``Message.refuse()``."""
+    dead_letters: int
+    """Payloads that fit neither this message class nor that of another subscription of the same filter."""
+    handler_errors: int
+    queued: int
+    queued_bytes: int
+    """Of payload."""

@@ -5,6 +5,11 @@ task. It belongs to the driver, not to a connection, so it lives across reconnec
 
 A message is *done*, and then acknowledged, when its handler has returned, or when the iterator is asked for the next
 one: not when it is handed out, since whoever got it may still fail. `Acknowledge` has the other choices.
+
+A message that comes alone, to a handler that has nothing to do, spares the turn of the handler's task: the reader
+calls the handler (``handle_now``), since a plain function holds up everybody for as long, whoever calls it. What the
+task is for is left to it: an awaitable that comes back, an exception, and whatever comes meanwhile. Hazard: the reader
+is not to be held up by more than that one call, so this is never done for one of several messages.
 """
 
 # A message and the subscription that has it belong together.
@@ -12,17 +17,18 @@ one: not when it is handed out, since whoever got it may still fail. `Acknowledg
 
 from __future__ import annotations
 
+import contextvars
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import attrs
 import trio
 
 from ._errors import DriverClosedError, PayloadError
 from ._history import Counters
 from ._queue import MessageQueue
 from ._registry import Registration, Standing
+from ._status import SubscriptionStatistics
 from ._types import Acknowledge, Acknowledger, Message, ReasonCode
 
 if TYPE_CHECKING:
@@ -39,28 +45,6 @@ _SECONDS = 0.001
 message over, so it is not made for each."""
 
 logger = logging.getLogger("trio_mqtt_driver")
-
-
-@attrs.frozen(kw_only=True)
-class SubscriptionStatistics:
-    """A snapshot of what became of a subscription's messages."""
-
-    received: int
-    delivered: int
-    """Given to the handler or handed out by the iterator."""
-    dropped: int
-    """By the overflow policy: what need not be acknowledged, or is superseded; or still queued when the driver
-    ended."""
-    superseded: int
-    """Of these, those of any QoS that a newer one of the same topic took the place of (``Overflow.LATEST``)."""
-    refused: int
-    """With ``Message.refuse()``."""
-    dead_letters: int
-    """Payloads that fit neither this message class nor that of another subscription of the same filter."""
-    handler_errors: int
-    queued: int
-    queued_bytes: int
-    """Of payload."""
 
 
 class Subscription(Generic[T]):
@@ -89,6 +73,12 @@ class Subscription(Generic[T]):
         self._manual = acknowledge is Acknowledge.MANUAL
         self.registration: Registration[Subscription[Any]] | None = None
         self.handler = handler
+        self._prompt = handler is not None and acknowledge is Acknowledge.PROCESSED
+        """Whether the handler may be called by the reader; not when it has returned an awaitable once."""
+        self._context: contextvars.Context | None = None
+        """That of the handler's task."""
+        self._begun: Awaitable[object] | Exception | None = None
+        """What came of such a call that its task has to deal with."""
         self._decode = decode
         self._typed = typed
         self._on_dead_letter = on_dead_letter
@@ -190,6 +180,38 @@ class Subscription(Generic[T]):
             self._arrived.set()
         return too_long
 
+    def handle_now(self, message: Message[Any]) -> bool:
+        """Call the handler with a message that came alone. False, and nothing is done, if that is for its task."""
+        if (
+            not (self._prompt and self._sleeping)
+            or self._handed_out is not None
+            or self.queue.messages
+            or self._closed
+        ):
+            return False
+        try:
+            message.value = self._decode(message.payload) if self._typed else message.payload
+        except PayloadError:
+            return False
+        assert self.handler is not None
+        assert self._context is not None
+        self.queue.received += 1
+        if message.qos:
+            message._reader = self
+        self._handed_out = message
+        try:
+            outcome = self._context.run(self.handler, message)
+        except Exception as exc:  # noqa: BLE001  # its task has the policy for it
+            self._begun = exc
+        else:
+            if outcome is None or not isinstance(outcome, Awaitable):
+                self.finish()
+                return True
+            self._begun = outcome
+            self._prompt = False
+        self._arrived.set()
+        return True
+
     def _take_special(self, message: Message[Any], source: Acknowledger) -> None:
         if source.overtakes and self._holds_up:
             # It would be overtaken, too, but each time others would have waited for it first.
@@ -234,10 +256,9 @@ class Subscription(Generic[T]):
         queue = self.queue.messages
         try:
             try:
-                done = self._handed_out
-                if queue or self._closed or (done is not None and done.qos):  # else the wait below is one
+                if queue or self._closed:  # else the wait below is one
                     await self._give_way()
-            finally:  # not before: whoever the message was for has a turn before its acknowledgement is written
+            finally:  # also if it is cancelled: it was asked for
                 self.finish()
             while True:  # noqa: ASYNC913  # _give_way or the wait is the cancel point
                 while not queue:
@@ -249,6 +270,9 @@ class Subscription(Generic[T]):
                     await self._arrived.wait()
                     self._sleeping = False
                     self._begin_turn()
+                    if self._begun is not None:
+                        assert self._handed_out is not None
+                        return self._handed_out
                 message: Message[T] = self._take_out()
                 if self._typed:
                     try:
@@ -270,6 +294,7 @@ class Subscription(Generic[T]):
 
         ``receive`` says how; left out of it is, until the turn is over, what nearly all messages do not need.
         """
+        self._context = trio.lowlevel.current_task().context
         queue = self.queue
         waiting = queue.messages
         checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled
@@ -283,7 +308,7 @@ class Subscription(Generic[T]):
             try:
                 while True:
                     try:
-                        outcome = handler(message)
+                        outcome = handler(message) if self._begun is None else self._go_on()
                         if outcome is not None and isinstance(outcome, Awaitable):
                             if noted is not None:
                                 noted.noted()
@@ -325,9 +350,30 @@ class Subscription(Generic[T]):
                     noted.noted()
             self._calls = calls
 
+    def _go_on(self) -> Awaitable[object]:
+        """With what ``handle_now`` has begun."""
+        begun, self._begun = self._begun, None
+        assert begun is not None
+        if isinstance(begun, Exception):
+            raise begun
+        return begun
+
+    def handler_ended(self) -> None:
+        """The handler's task is over; it may have been cancelled before it came to what ``handle_now`` had begun."""
+        begun, self._begun = self._begun, None
+        if isinstance(begun, Exception):
+            assert self._handed_out is not None
+            self._failed(self, self._handed_out, begun)
+        elif isinstance(begun, Coroutine):
+            begun.close()
+
     def _take(self) -> Message[T]:
         """Hand out the first message of the queue, of a subscription to bytes."""
-        message = self._take_out()
+        message: Message[Any] = self.queue.messages.popleft()  # as _take_out
+        if self.queue.attended:
+            self._took(message)
+        if message.qos:
+            message._reader = self
         message.value = message.payload  # then T is bytes
         self._handed_out = message
         return message

@@ -142,6 +142,8 @@ class Writer:
                 self._wake = trio.Event()
                 self.idle = True
                 await self._wake.wait()
+                if not self.buffer:  # acknowledgements: whoever the messages were for has a turn before
+                    await trio.lowlevel.checkpoint()
                 continue
             data = memoryview(b"".join(self.buffer))
             self.buffer.clear()
