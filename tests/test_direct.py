@@ -326,6 +326,86 @@ async def test_what_is_written_before_the_task_begins_is_written_at_once_too(
         nursery.cancel_scope.cancel()
 
 
+async def test_what_a_read_brings_about_is_written_in_one_piece(mock_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with benches(nursery) as bench:
+        writer = bench.writer
+        assert writer.hold()
+        writer.answer(b"PUBREL")
+        bench.publish(b"one")
+        writer.write(b"SUBSCRIBE")
+        assert bench.arrived() == b""
+        assert not writer.hold()  # it is held already
+        writer.let_go()
+        assert bench.arrived() == b"PUBRELoneSUBSCRIBE"
+        assert bench.flushes == [(0, True)]
+        assert (writer.answers, writer.idle) == (0, True)
+        assert writer.hold()  # and again, however soon
+        bench.publish(b"two")
+        bench.more = [b"three"]  # the room that this makes is used at once
+        writer.let_go()
+        assert bench.arrived() == b"two"
+        await settled()
+        assert bench.arrived() == b"three"
+        assert writer.hold()
+        writer.let_go()  # with nothing
+        assert (bench.arrived(), writer.idle) == (b"", True)
+
+
+async def test_a_writer_at_work_is_not_held(mock_clock: MockClock, nursery: trio.Nursery) -> None:
+    async with benches(nursery) as bench:
+        bench.writer.answer(b"PUBREL")
+        assert not bench.writer.hold()
+        bench.publish(b"one")
+        await settled()
+        assert bench.arrived() == b"PUBRELone"
+
+
+@pytest.mark.parametrize("size", [1 << 16, (1 << 16) + 1, 1 << 20])
+async def test_what_is_too_much_for_one_piece_is_the_task_s(
+    size: int, mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with benches(nursery) as bench:
+        bench.shrink()
+        writer = bench.writer
+        packet = random.Random(1).randbytes(size)
+        assert writer.hold()
+        writer.answer(packet)
+        writer.let_go()
+        assert not writer.idle
+        assert writer.answers == size
+        arrived = bytearray()
+        while len(arrived) < size:
+            arrived += await trio.to_thread.run_sync(bench.theirs.recv, 1 << 20)
+        assert arrived == packet
+        await settled()
+        assert (writer.answers, writer.waiting, writer.idle) == (0, 0, True)
+
+
+async def test_acknowledgements_wait_until_others_have_had_a_turn(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """Whoever a message was for is not to wait for its PUBACK. The scheduler's order is random, so many times."""
+    async with pair() as (stream, theirs):
+        bench = Bench(stream, theirs)
+        noted: list[bytes] = []
+
+        def collect() -> None:
+            for packet in noted:
+                bench.writer.answer(packet)
+            noted.clear()
+
+        nursery.start_soon(bench.writer.run, collect)
+        for _ in range(30):
+            await settled()
+            noted.append(b"PUBACK")
+            bench.writer.rouse()
+            await trio.lowlevel.checkpoint()
+            assert bench.arrived() == b""
+            await settled()
+            assert bench.arrived() == b"PUBACK"
+        nursery.cancel_scope.cancel()
+
+
 async def test_what_the_socket_does_not_take_goes_before_what_comes_later(
     mock_clock: MockClock, nursery: trio.Nursery
 ) -> None:

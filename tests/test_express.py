@@ -31,7 +31,7 @@ from trio_mqtt_driver._arguments import make_outgoing
 from trio_mqtt_driver._express import ExpressLane
 from trio_mqtt_driver._properties import PropertyBlocks
 from trio_mqtt_driver._publisher import Publisher
-from trio_mqtt_driver.testing import Direction, Kind, MemoryBroker
+from trio_mqtt_driver.testing import Direction, Kind, MemoryBroker, Publish
 
 # pyright: reportPrivateUsage=false
 
@@ -195,6 +195,58 @@ async def interrupted_publish(function: Any, options: Call, lines: int, full: bo
             status = driver.status()
             assert (status.queued, status.in_flight) == (0, 0)
             assert driver._outbox.accepted == driver._outbox.accepted_bytes == 0
+        nursery.cancel_scope.cancel()
+    return landed
+
+
+def test_ctrl_c_does_not_tear_what_leaves_the_outbox() -> None:
+    """Wherever it lands, each message is in the outbox or in the window, and is sent once."""
+    lines = 0
+    while trio.run(interrupted_refill, lines):
+        lines += 1
+    assert lines > 30
+
+
+async def interrupted_refill(lines: int) -> bool:
+    """Publish more than the window holds, with a signal after so many ``lines`` of ``ExpressLane.refill``."""
+    left = lines
+    landed = False
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal left, landed
+        if frame.f_code is not ExpressLane.refill.__code__:
+            return None
+        if event == "line" and not landed:
+            left -= 1
+            if left < 0:
+                landed = True
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    async with trio.open_nursery() as nursery:
+        broker = MemoryBroker(nursery)
+        async with MQTTDriver(memory_config(broker, in_flight=2)) as driver:
+            await settled()
+            receipts = [driver.publish_nowait("a", b"%d" % number, qos=1) for number in range(6)]
+            caught = False
+            tracing = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                await receipts[-1].wait()
+            except KeyboardInterrupt:
+                caught = True
+            finally:
+                sys.settrace(tracing)
+            if landed and not caught:
+                with pytest.raises(KeyboardInterrupt):
+                    await trio.lowlevel.checkpoint()
+            for one in receipts:
+                assert (await one.wait()).attempts == 1
+            status = driver.status()
+            assert (status.queued, status.in_flight) == (0, 0)
+            assert driver._outbox.accepted == driver._outbox.accepted_bytes == 0
+        payloads = [packet.payload for _, packet in broker.received if isinstance(packet, Publish)]
+        assert payloads[1:] == [b"%d" % number for number in range(6)]  # behind the test publish
         nursery.cancel_scope.cancel()
     return landed
 
