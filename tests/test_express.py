@@ -26,6 +26,7 @@ from trio_mqtt_driver import (
     PublishResult,
     QoS,
     Receipt,
+    ServerLimitError,
 )
 from trio_mqtt_driver._arguments import make_outgoing
 from trio_mqtt_driver._express import ExpressLane
@@ -577,3 +578,80 @@ async def test_what_waited_for_the_window_is_sent_on_whatever_link_there_is(
     arrived = [int(one.payload) for one in broker.published if one.topic == "a/b/c"]
     assert sorted(set(arrived)) == list(range(8))
     assert not broker.violations
+
+
+# What waits for room in the window was made for the lane, and yet may not be for it when there is room.
+
+
+async def test_what_waited_for_the_window_is_refused_if_the_next_broker_takes_no_such_packets(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    first, second = MemoryBroker(nursery), MemoryBroker(nursery, maximum_packet_size=300)
+    config = memory_config(first, in_flight=1)
+    async with MQTTDriver(config) as driver:
+        await settled()
+        first.faults.hold(Kind.PUBACK)
+        receipts = [driver.publish_nowait("a", bytes(size), qos=1) for size in (1, 2, 1000, 3, 1000, 4)]
+        driver.apply_settings(config.evolve(open_stream=lambda _endpoint: second.connect_stream()))
+        await driver.wait_live()
+        for receipt, size in zip(receipts, (1, 2, 1000, 3, 1000, 4), strict=True):
+            if size == 1000:
+                with pytest.raises(ServerLimitError, match="300"):
+                    await receipt.wait()
+            else:
+                await receipt.wait()
+    assert [len(one.payload) for one in second.published if one.topic == "a"] == [1, 2, 3, 4]
+    assert not second.violations
+
+
+async def test_what_was_dropped_while_it_waited_for_the_window_is_not_sent(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    broker = MemoryBroker(nursery)
+    config = memory_config(broker, in_flight=1, outbox_messages=6, outbox_full="drop_oldest")
+    async with MQTTDriver(config) as driver:
+        await settled()
+        held = broker.faults.hold(Kind.PUBACK, times=1)
+        receipts = [driver.publish_nowait("a", b"%d" % number, qos=1) for number in range(8)]
+        assert [receipt.done for receipt in receipts] == [False, True, True, *[False] * 5]
+        held.remove()
+        for receipt in (receipts[0], *receipts[3:]):
+            await receipt.wait()
+        assert driver._outbox.accepted == driver._outbox._waiting == 0
+    assert [one.payload for one in broker.published if one.topic == "a"] == [b"0", *(b"%d" % n for n in range(3, 8))]
+
+
+async def test_what_went_back_to_the_outbox_as_the_latest_leaves_no_trace_there(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """Or the next message of its topic would be taken to supersede it while it is on its way."""
+    broker = MemoryBroker(nursery)
+    async with MQTTDriver(memory_config(broker, in_flight=3, offline="latest")) as driver:
+        await settled()
+        broker.faults.hold(Kind.PUBACK, times=3)
+        receipts = [driver.publish_nowait(topic, b"1", qos=1) for topic in "abc"]
+        await settled()
+        driver.apply_settings(driver.config.evolve(in_flight=1))
+        await driver.wait_live()
+        for receipt in receipts:
+            assert (await receipt.wait()).attempts in (1, 2)
+        assert driver._outbox._latest == {}
+        assert driver._outbox.accepted == driver._outbox._waiting == 0
+
+
+async def test_what_went_back_to_the_outbox_is_paced(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    broker = MemoryBroker(nursery)
+    config = memory_config(broker, in_flight=3, refill_rate=1)
+    async with MQTTDriver(config) as driver:
+        await settled()
+        broker.faults.hold(Kind.PUBACK, times=3)
+        receipts = [driver.publish_nowait("a", b"%d" % number, qos=1) for number in range(3)]
+        await settled()
+        driver.apply_settings(config.evolve(in_flight=1))
+        await driver.wait_live()
+        begin = trio.current_time()
+        for number, receipt in enumerate(receipts):
+            await receipt.wait()
+            assert trio.current_time() - begin == pytest.approx(number, abs=0.2)

@@ -77,11 +77,40 @@ async def test_of_several_that_come_together_none_is_the_readers(
             await settled()
         assert seen[-2:] == [True, True]
         seen.clear()
+        for _ in range(5):
+            broker.publish("a", b"2")
+        await settled()
+        assert seen == [False] * 5
+        seen.clear()
         for _ in range(5):  # to one after the other, so that each is alone for its subscription
             broker.publish("a", b"3")
             broker.publish("b", b"4")
         await settled()
         assert seen == [False] * 10
+
+
+async def test_it_waits_until_the_handler_is_done(autojump_clock: MockClock, broker: MemoryBroker) -> None:
+    """With what it has, and with what is queued before: also if it is the task that has just been woken."""
+    seen: list[bytes] = []
+    async with MQTTDriver(memory_config(broker)) as driver:
+        subscription = await driver.subscribe("a", lambda message: seen.append(message.payload))
+        await one_by_one(broker, *WARM)
+        subscription.put([Message("a", b"1")], 1)
+        assert not subscription.handle_now(Message("a", b"2"))
+        subscription.put([Message("a", b"2")], 1)
+        await settled()
+        assert seen[4:] == [b"1", b"2"]
+
+        def wrong(message: Message[bytes]) -> None:
+            seen.append(message.payload)
+            raise ValueError("of the application's")
+
+        subscription.handler = wrong
+        assert subscription.handle_now(Message("a", b"3"))
+        assert not subscription.handle_now(Message("a", b"4"))
+        subscription.put([Message("a", b"4")], 1)
+        await settled()
+        assert seen[6:] == [b"3", b"4"]
 
 
 async def test_it_waits_behind_those_that_are_queued(autojump_clock: MockClock, broker: MemoryBroker) -> None:
@@ -283,10 +312,12 @@ async def test_an_ended_subscription_is_handed_nothing(autojump_clock: MockClock
     async with MQTTDriver(memory_config(broker)) as driver:
         subscription = await driver.subscribe("a", lambda message: seen.append(message.payload))
         await one_by_one(broker, b"1", b"2")
+        subscription.close()  # the task has had no turn yet
+        assert not subscription.handle_now(Message("a", b"3"))
         await driver.unsubscribe(subscription)
-        broker.publish("a", b"3")
+        broker.publish("a", b"4")
         await settled()
-        assert not subscription.handle_now(Message("a", b"4"))
+        assert not subscription.handle_now(Message("a", b"5"))
     assert seen == [b"1", b"2"]
 
 
