@@ -104,6 +104,7 @@ class Receiver:
         if self.intercept is not None and message.topic == self.intercept[0]:
             self.intercept[1](message)
             message._done()
+            self.collect()  # before what comes of it: UNSUBSCRIBE
             return False
         return True
 
