@@ -85,6 +85,18 @@ async def test_a_reconnect_that_is_asked_for_says_offline_then_online(
         assert driver.status().counters["stale_acknowledgements"] == 0
 
 
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_what_is_published_when_a_link_is_given_up_does_not_go_with_the_farewell(
+    qos: int, broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
+    """It is for the next link: the old one may be to another broker, or ends before the acknowledgement comes."""
+    async with present(broker, "5") as driver:
+        driver.force_reconnect("asked for", even_if_live=True)
+        result = await driver.publish_nowait("a", qos=qos).wait()
+        assert (result.generation, result.attempts) == (2, 1)
+    assert sum(one.topic == "a" for one in broker.published) == 1
+
+
 @PROTOCOLS
 @pytest.mark.parametrize("kind", [Kind.PUBACK, Kind.SUBACK])
 async def test_what_is_given_up_before_it_is_live_says_offline(

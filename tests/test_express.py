@@ -655,3 +655,42 @@ async def test_what_went_back_to_the_outbox_is_paced(
         for number, receipt in enumerate(receipts):
             await receipt.wait()
             assert trio.current_time() - begin == pytest.approx(number, abs=0.2)
+
+
+async def test_properties_that_wait_for_the_window_are_warned_of_if_the_next_link_cannot_take_them(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = MemoryBroker(nursery)
+    config = memory_config(broker, in_flight=1)
+    async with MQTTDriver(config) as driver:
+        await settled()
+        broker.faults.hold(Kind.PUBACK, times=1)
+        plain = [driver.publish_nowait("a", b"%d" % number, qos=1) for number in range(2)]
+        with_properties = driver.publish_nowait("a", b"2", qos=1, content_type="text/plain")
+        driver.apply_settings(config.evolve(protocol="3.1.1"))
+        for receipt in (*plain, with_properties):
+            await receipt.wait()
+    assert caplog.text.count("properties of PUBLISH need MQTT 5") == 1
+
+
+async def test_the_window_holds_when_what_leaves_the_outbox_is_written_at_once(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written makes room in the write buffer, which more may use: before the call that wrote it returns."""
+    monkeypatch.setattr("trio_mqtt_driver._writer._QUIET", -1)
+    broker = MemoryBroker(nursery, receive_maximum=20)
+    port = await broker.listen()
+    most = 0
+    async with MQTTDriver(DriverConfig.from_url(f"mqtt://127.0.0.1:{port}", write_buffer=1024)) as driver:
+        live = driver._supervisor.live
+        assert live is not None
+        held = broker.faults.hold(Kind.PUBACK, times=20)
+        receipts = [driver.publish_nowait("a", bytes(300), qos=1) for _ in range(100)]
+        await broker.wait_for(lambda: held.seen == 20, "a full window")
+        held.release()  # all at once, so that there is room for more than the write buffer takes
+        for receipt in receipts:
+            most = max(most, live.sender.in_flight)
+            await receipt.wait()
+        assert most == 20
+    assert not broker.violations
+    nursery.cancel_scope.cancel()

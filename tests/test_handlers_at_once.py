@@ -18,7 +18,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.peers import memory_config
-from trio_mqtt_driver import Acknowledge, Message, MQTTDriver, PayloadError, State
+from trio_mqtt_driver import Acknowledge, DriverConfig, Message, MQTTDriver, PayloadError, Receipt, State
 from trio_mqtt_driver.testing import Kind, MemoryBroker, Publish
 
 # pyright: reportPrivateUsage=false
@@ -305,6 +305,72 @@ async def test_a_handler_may_do_with_the_driver_what_it_likes(autojump_clock: Mo
         await driver.wait_live()
         await one_by_one(broker, b"last", qos=1)
         assert [*dict.fromkeys(done)] == [b"publish", b"reconnect", b"pause", b"last"]
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+@pytest.mark.parametrize("way", ["pause", "reconnect", "settings"])
+async def test_what_a_handler_publishes_after_it_gave_the_link_up_is_for_the_next_one(
+    way: str, qos: int, autojump_clock: MockClock, nursery: trio.Nursery, broker: MemoryBroker
+) -> None:
+    other = MemoryBroker(nursery)
+    config = memory_config(broker)
+    receipts: list[Receipt] = []
+    async with MQTTDriver(config) as driver:
+
+        def handler(message: Message[bytes]) -> None:
+            if message.payload != b"go":
+                return
+            assert by_reader()
+            if way == "pause":
+                driver.pause("asked for")
+            elif way == "reconnect":
+                driver.force_reconnect("asked for", even_if_live=True)
+            else:
+                driver.apply_settings(config.evolve(open_stream=lambda _endpoint: other.connect_stream()))
+            receipts.append(driver.publish_nowait("answer", b"!", qos=qos))
+
+        await driver.subscribe("a", handler, qos=1)
+        await one_by_one(broker, *WARM, qos=1)
+        broker.publish("a", b"go", qos=1)
+        await settled()
+        if way == "pause":
+            assert not receipts[0].done
+            driver.resume()
+        result = await receipts[0].wait()
+        assert (result.generation, result.attempts) == (2, 1)
+    took = other if way == "settings" else broker
+    answers = [one for one in (*broker.published, *other.published) if one.topic == "answer"]
+    assert answers == [one for one in took.published if one.topic == "answer"]
+    assert len(answers) == 1
+
+
+async def test_what_a_handler_publishes_leaves_in_the_call(nursery: trio.Nursery) -> None:
+    """On a quiet link of a real socket, as from anywhere else: the handler may take its time, or end the process."""
+    broker = MemoryBroker(nursery)
+    port = await broker.listen()
+    sent: list[int] = []
+    done = trio.Event()
+
+    async with MQTTDriver(DriverConfig.from_url(f"mqtt://127.0.0.1:{port}", client_id="driver")) as driver:
+        live = driver._supervisor.live
+        assert live is not None
+
+        def handler(message: Message[bytes]) -> None:
+            before = live._writer.flushed
+            if message.payload == b"go":
+                assert by_reader()
+                driver.publish_nowait("answer", b"!", qos=1)
+                sent.append(live._writer.flushed - before)
+            done.set()
+
+        await driver.subscribe("a", handler)
+        for payload in (*WARM, b"go"):
+            done = trio.Event()
+            await trio.sleep(0.01)  # so that the link is quiet
+            broker.publish("a", payload)
+            await done.wait()
+        assert sent[0] > 0
+    nursery.cancel_scope.cancel()
 
 
 async def test_an_ended_subscription_is_handed_nothing(autojump_clock: MockClock, broker: MemoryBroker) -> None:

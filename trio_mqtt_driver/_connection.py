@@ -2,7 +2,8 @@
 
 The three loops of trio-paho-mqtt run in the child nursery, rewritten against a ``trio.abc.Stream``:
 
-- the *reader* takes whatever is there, splits it, and hands the messages on as one batch, never waiting for user code;
+- the *reader* takes whatever is there, splits it, and hands the messages on as one batch, never waiting for user code
+  (it may call a handler, see ``_subscription``);
 - the *writer* is the only task that calls ``send_all``. A cancelled ``send_all`` may have sent half a packet, so no
   user task may ever run it: a ``move_on_after`` around a ``publish()`` would break the link for everybody;
 - the *timer* sends PINGREQ and finds overdue answers. It sleeps until the next of them; whoever creates an earlier
@@ -340,6 +341,9 @@ class Connection:
             self.deadlines.mid_packet = self._reader.mid_packet
             if self._reader.error is not None:
                 self.fail(self._reader.error)
+            self.sender.refill()
+            if held:  # before the messages, whose handlers may publish: in what they do the writer is as ever
+                self._writer.let_go()
             # Even after a fault: what arrived whole before it was accepted.
             emptied = len(data) < size
             size = _RECEIVE_SIZE
@@ -353,10 +357,6 @@ class Connection:
                 self.fail(
                     ConnectionLostError(f"the broker reads nothing: {self._writer.answers} bytes of answers wait")
                 )
-            self.sender.refill()
-            if held:
-                self._writer.let_go()
-                self.receiver.noted()
             if quick_ack is not None:
                 quick_ack()
             if self._inbox.crowded:

@@ -2,7 +2,8 @@
 
 ``deliver`` runs in the reader of a connection: it is synchronous and never waits for user code. Each handler has a
 task of its own, in a nursery that belongs to the driver: a reconnect does not interrupt a handler half-way, and one
-that sleeps holds up nobody else's messages, acknowledgements or keep-alive.
+that sleeps holds up nobody else's messages, acknowledgements or keep-alive. Of messages that come alone a handler that
+is a plain function needs no task.
 """
 
 from __future__ import annotations

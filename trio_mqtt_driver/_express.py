@@ -199,15 +199,19 @@ class ExpressLane:
         if window._unsent or window.alone is not None or outbox._latest or not outbox._lanes:
             return
         lane = outbox._lanes[0][1]
-        room = window.size - len(window._sent) - len(window._released)
-        while room > 0 and lane and writer.written - writer.flushed < self._write_buffer:
-            outgoing = lane[0]
-            if type(outgoing) is not Plain or outgoing.done or outgoing.suspected or outgoing.size > self._longest_1:
-                return
+        sent, released = window._sent, window._released
+        # Looked at anew each time: what is sent may be written at once, and then all this may happen in between.
+        while (
+            lane
+            and len(sent) + len(released) < window.size
+            and writer.written - writer.flushed < self._write_buffer
+            and type(outgoing := lane[0]) is Plain
+            and not (outgoing.done or outgoing.suspected or outgoing.size > self._longest_1)
+            and (self._block or outgoing.properties == b"\0")
+        ):
             del lane[0]  # as Outbox.pop
             outgoing.queued = False
             outbox._waiting -= 1
-            room -= 1
             self.send(outgoing)
 
     def send(self, outgoing: Plain) -> None:

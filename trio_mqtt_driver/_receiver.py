@@ -169,8 +169,8 @@ class Receiver:
         return False
 
     def noted(self) -> None:
-        """Have the writer send what was noted, if anything was."""
-        if self._writer.idle and self._window.processed:
+        """Have the writer send what was noted."""
+        if self._writer.idle:
             self._writer.rouse()
 
     def collect(self) -> None:

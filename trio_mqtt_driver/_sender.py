@@ -204,6 +204,11 @@ class Sender:
         if not self.closing and not self._aliases.maximum:
             self.express.open(self._config, self._limits, self._generation)
 
+    def stand_back(self) -> None:
+        """The link is given up: what waits in the outbox, or comes there, is for the next one."""
+        self._live_since = math.inf
+        self.express.close()
+
     def close(self) -> None:
         """Nothing must be sent any more."""
         self.closing = True

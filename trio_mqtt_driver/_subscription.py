@@ -73,10 +73,8 @@ class Subscription(Generic[T]):
         self._manual = acknowledge is Acknowledge.MANUAL
         self.registration: Registration[Subscription[Any]] | None = None
         self.handler = handler
-        self._prompt = handler is not None and acknowledge is Acknowledge.PROCESSED
-        """Whether the handler may be called by the reader; not when it has returned an awaitable once."""
         self._context: contextvars.Context | None = None
-        """That of the handler's task."""
+        """That of the handler's task, if the reader may call the handler: not if it has returned an awaitable once."""
         self._begun: Awaitable[object] | Exception | None = None
         """What came of such a call that its task has to deal with."""
         self._decode = decode
@@ -182,25 +180,26 @@ class Subscription(Generic[T]):
 
     def handle_now(self, message: Message[Any]) -> bool:
         """Call the handler with a message that came alone. False, and nothing is done, if that is for its task."""
+        context = self._context
         if (
-            not (self._prompt and self._sleeping)
+            context is None
+            or not self._sleeping
             or self._handed_out is not None
             or self.queue.messages
             or self._closed
         ):
             return False
+        assert self.handler is not None
         try:
-            message.value = self._decode(message.payload) if self._typed else message.payload
+            message.value = context.run(self._decode, message.payload) if self._typed else message.payload
         except PayloadError:
             return False
-        assert self.handler is not None
-        assert self._context is not None
         self.queue.received += 1
         if message.qos:
             message._reader = self
         self._handed_out = message
         try:
-            outcome = self._context.run(self.handler, message)
+            outcome = context.run(self.handler, message)
         except Exception as exc:  # noqa: BLE001  # its task has the policy for it
             self._begun = exc
         else:
@@ -208,7 +207,7 @@ class Subscription(Generic[T]):
                 self.finish()
                 return True
             self._begun = outcome
-            self._prompt = False
+            self._context = None
         self._arrived.set()
         return True
 
@@ -294,7 +293,8 @@ class Subscription(Generic[T]):
 
         ``receive`` says how; left out of it is, until the turn is over, what nearly all messages do not need.
         """
-        self._context = trio.lowlevel.current_task().context
+        if not (self._on_receipt or self._manual):
+            self._context = trio.lowlevel.current_task().context
         queue = self.queue
         waiting = queue.messages
         checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled

@@ -124,7 +124,7 @@ class Supervisor:
 
     def _to(self, state: State, text: str, error: BaseException | None = None) -> None:
         """Change state: recorded and logged once, in plain words."""
-        before = self.state
+        live = self.live
         self._states.to(state)
         self.live = self.connection if state is State.LIVE else None
         text = self._record(state.value, text, error)
@@ -135,7 +135,8 @@ class Supervisor:
         if state is State.LIVE:
             self._live_since = self._states.since
             self._edges.set(True)
-        elif before is State.LIVE and state is not State.CLOSING:
+        elif live is not None and state is not State.CLOSING:
+            live.sender.stand_back()
             for outgoing in self.undelivered:
                 outgoing.link_lost(self.diagnosis)
             self._edges.set(False)

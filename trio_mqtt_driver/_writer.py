@@ -40,7 +40,8 @@ class Writer:
         self.buffer: list[bytes] = []
         self._wake = trio.Event()
         self.idle = True
-        """Whether the task that sends has not begun yet, or waits for somebody to ``rouse`` it."""
+        """Whether the task that sends has not begun yet, or waits for somebody to ``rouse`` it. Not while it is held:
+        who looks at this first, as all must, leaves to ``let_go`` what is written then."""
         self._answers = 0
         self._ended = False
         self.written = 0
