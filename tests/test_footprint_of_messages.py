@@ -69,3 +69,12 @@ async def test_receipts_have_none(autojump_clock: trio.testing.MockClock, broker
         await driver.drain()
         assert all(receipt.done for receipt in receipts)
         assert not any(map(has_dict, receipts))  # whether they were sent at once or not
+
+
+async def test_a_subscription_has_few_enough_attributes_to_share_their_names(broker: MemoryBroker) -> None:
+    """CPython gives instances with thirty or more a dict of their own, which was an eighth of a subscription."""
+    async with MQTTDriver(memory_config(broker)) as driver:
+        subscription = await driver.subscribe("a", lambda _: None)
+        broker.publish("a")
+        await settled()
+        assert len(vars(subscription)) < 30

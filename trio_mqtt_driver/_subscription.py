@@ -53,6 +53,10 @@ class Subscription(Generic[T]):
     One task at a time may iterate. Iteration ends when the subscription is ended.
     """
 
+    # Not in __init__: with thirty attributes there each instance would have a dict of its own, of a kilobyte.
+    _begun: Awaitable[object] | Exception | None = None
+    """What came of a call of the reader's that the handler's task has to deal with."""
+
     def __init__(
         self,
         topic_filter: str,
@@ -75,8 +79,6 @@ class Subscription(Generic[T]):
         self.handler = handler
         self._context: contextvars.Context | None = None
         """That of the handler's task, if the reader may call the handler: not if it has returned an awaitable once."""
-        self._begun: Awaitable[object] | Exception | None = None
-        """What came of such a call that its task has to deal with."""
         self._decode = decode
         self._typed = typed
         self._on_dead_letter = on_dead_letter
@@ -360,7 +362,7 @@ class Subscription(Generic[T]):
 
     def handler_ended(self) -> None:
         """The handler's task is over; it may have been cancelled before it came to what ``handle_now`` had begun."""
-        begun, self._begun = self._begun, None
+        begun = self._begun
         if isinstance(begun, Exception):
             assert self._handed_out is not None
             self._failed(self, self._handed_out, begun)
