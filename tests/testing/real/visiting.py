@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import ssl
@@ -122,7 +123,11 @@ class Farewell:
     """Waits for the end of processes of others."""
 
     def __init__(self, pids: list[int]) -> None:
-        self.pidfds = [os.pidfd_open(pid) for pid in pids]
+        self.pidfds: list[int] = []
+        for pid in pids:
+            # A broker that starts has scripts that come and go: one may be gone since it was listed.
+            with contextlib.suppress(ProcessLookupError):
+                self.pidfds.append(os.pidfd_open(pid))
 
     async def wait(self) -> None:
         for pidfd in self.pidfds:
