@@ -161,34 +161,40 @@ def test_ctrl_c_does_not_tear_a_publish(way: str) -> None:
     assert lines > 3
 
 
+class Interruption:
+    """For ``sys.settrace``: Ctrl-C after so many ``lines`` of a function, if it has so many."""
+
+    def __init__(self, function: Any, lines: int) -> None:
+        self._code = function.__code__
+        self._left = lines
+        self.landed = False
+
+    def trace(self, frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_code is not self._code:
+            return None
+        if event == "line" and not self.landed:
+            self._left -= 1
+            if self._left < 0:
+                self.landed = True
+                signal.raise_signal(signal.SIGINT)
+        return self.trace
+
+
 async def interrupted_publish(function: Any, options: Call, lines: int, full: bool) -> bool:
     """Publish, with a signal after so many ``lines`` of ``function``; False if it does not have so many."""
-    left = lines
-    landed = False
-
-    def trace(frame: FrameType, event: str, _argument: object) -> Any:
-        nonlocal left, landed
-        if frame.f_code is not function.__code__:
-            return None
-        if event == "line" and not landed:
-            left -= 1
-            if left < 0:
-                landed = True
-                signal.raise_signal(signal.SIGINT)
-        return trace
-
+    interruption = Interruption(function, lines)
     async with trio.open_nursery() as nursery:
         broker = MemoryBroker(nursery)
         async with MQTTDriver(memory_config(broker, in_flight=1)) as driver:
             await settled()
             before = [driver.publish_nowait("b", qos=2)] if full else []
             tracing = sys.gettrace()
-            sys.settrace(trace)
+            sys.settrace(interruption.trace)
             try:
                 receipt = driver.publish_nowait("a", b"x", **options)
             finally:
                 sys.settrace(tracing)
-            if landed:
+            if interruption.landed:
                 with pytest.raises(KeyboardInterrupt):
                     await trio.lowlevel.checkpoint()
             for one in (*before, receipt):
@@ -197,7 +203,7 @@ async def interrupted_publish(function: Any, options: Call, lines: int, full: bo
             assert (status.queued, status.in_flight) == (0, 0)
             assert driver._outbox.accepted == driver._outbox.accepted_bytes == 0
         nursery.cancel_scope.cancel()
-    return landed
+    return interruption.landed
 
 
 def test_ctrl_c_does_not_tear_what_leaves_the_outbox() -> None:
@@ -210,20 +216,7 @@ def test_ctrl_c_does_not_tear_what_leaves_the_outbox() -> None:
 
 async def interrupted_refill(lines: int) -> bool:
     """Publish more than the window holds, with a signal after so many ``lines`` of ``ExpressLane.refill``."""
-    left = lines
-    landed = False
-
-    def trace(frame: FrameType, event: str, _argument: object) -> Any:
-        nonlocal left, landed
-        if frame.f_code is not ExpressLane.refill.__code__:
-            return None
-        if event == "line" and not landed:
-            left -= 1
-            if left < 0:
-                landed = True
-                signal.raise_signal(signal.SIGINT)
-        return trace
-
+    interruption = Interruption(ExpressLane.refill, lines)
     async with trio.open_nursery() as nursery:
         broker = MemoryBroker(nursery)
         async with MQTTDriver(memory_config(broker, in_flight=2)) as driver:
@@ -231,14 +224,14 @@ async def interrupted_refill(lines: int) -> bool:
             receipts = [driver.publish_nowait("a", b"%d" % number, qos=1) for number in range(6)]
             caught = False
             tracing = sys.gettrace()
-            sys.settrace(trace)
+            sys.settrace(interruption.trace)
             try:
                 await receipts[-1].wait()
             except KeyboardInterrupt:
                 caught = True
             finally:
                 sys.settrace(tracing)
-            if landed and not caught:
+            if interruption.landed and not caught:
                 with pytest.raises(KeyboardInterrupt):
                     await trio.lowlevel.checkpoint()
             for one in receipts:
@@ -249,7 +242,7 @@ async def interrupted_refill(lines: int) -> bool:
         payloads = [packet.payload for _, packet in broker.received if isinstance(packet, Publish)]
         assert payloads[1:] == [b"%d" % number for number in range(6)]  # behind the test publish
         nursery.cancel_scope.cancel()
-    return landed
+    return interruption.landed
 
 
 class Odd:
