@@ -138,7 +138,6 @@ class Batch(Generic[M]):
 
     registrations: list[Registration[M]]
     revisions: list[int]
-    packed: list[bytes]
     identifier: int | None
     user_properties: tuple[tuple[str, str], ...]
 
@@ -148,17 +147,6 @@ class Batch(Generic[M]):
             self,
             registrations=list(compress(self.registrations, which)),
             revisions=list(compress(self.revisions, which)),
-            packed=list(compress(self.packed, which)),
-        )
-
-    def slice(self, start: int, stop: int) -> Batch[M]:
-        """A batch of a range of them."""
-        return Batch(
-            self.registrations[start:stop],
-            self.revisions[start:stop],
-            self.packed[start:stop],
-            self.identifier,
-            self.user_properties,
         )
 
 
@@ -174,8 +162,6 @@ class Registry(Generic[M]):
         self._classes: list[FilterTrie[Registration[M]]] = []
         self._class_of: dict[Registration[M], FilterTrie[Registration[M]]] = {}
         self._session = 1
-        self._some_refused = False
-        """Whether one was refused in this session."""
         self._work = trio.Event()
         self._closed = False
         self.version = 0
@@ -199,8 +185,6 @@ class Registry(Generic[M]):
     @property
     def degraded(self) -> list[Registration[M]]:
         """Those that the broker refuses."""
-        if not self._some_refused:
-            return []
         refused = Standing.REFUSED
         return [registration for registration in self if registration.standing is refused]
 
@@ -301,7 +285,6 @@ class Registry(Generic[M]):
         for topic_filter in list(self._leaving):
             self.left(topic_filter, ReasonCode.SUCCESS)
         self._session += 1
-        self._some_refused = False
         due = Standing.DUE  # here and below: a member of an Enum takes long to look up
         for registration in self._wanted.values():
             registration.standing = due
@@ -350,29 +333,25 @@ class Registry(Generic[M]):
                 del self._due[registration.topic_filter]
         else:
             self._due.clear()
-        groups: dict[tuple[int | None, tuple[tuple[str, str], ...]], Batch[M]] = {}
-        registrations: list[Registration[M]] = []
-        revisions: list[int] = []
-        packed: list[bytes] = []
+        groups: dict[tuple[int | None, tuple[tuple[str, str], ...]], list[Registration[M]]] = {}
+        group: list[Registration[M]] = []
         identifier: int | None = -1  # nobody's
         user_properties: tuple[tuple[str, str], ...] = ()
         session, sent = self._session, Standing.SENT
-        for registration in due:  # once: thousands of them do not stay in the processor's cache for another time
+        for registration in due:
             registration.standing = sent
             registration.told = session
             if registration.identifier != identifier or registration.user_properties is not user_properties:
                 identifier, user_properties = registration.identifier, registration.user_properties
-                group = groups.setdefault(
-                    (identifier, user_properties), Batch([], [], [], identifier, user_properties)
-                )
-                registrations, revisions, packed = group.registrations, group.revisions, group.packed
-            registrations.append(registration)
-            revisions.append(registration.revision)
-            packed.append(registration.packed)
+                group = groups.setdefault((identifier, user_properties), [])
+            group.append(registration)
         batches: list[Batch[M]] = []
-        for group in groups.values():
-            overhead = 16 + sum(8 + len(name.encode()) + len(value.encode()) for name, value in group.user_properties)
-            batches += _split(group, size, math.inf if max_bytes is None else max_bytes - overhead)
+        for (identifier, user_properties), registrations in groups.items():
+            overhead = 16 + sum(8 + len(name.encode()) + len(value.encode()) for name, value in user_properties)
+            room = math.inf if max_bytes is None else max_bytes - overhead
+            for some in _split(registrations, size, room):
+                revisions = [registration.revision for registration in some]
+                batches.append(Batch(some, revisions, identifier, user_properties))
         return batches
 
     def answer(self, batch: Batch[M], codes: Iterable[ReasonCode], generation: int) -> None:
@@ -384,11 +363,7 @@ class Registry(Generic[M]):
                 registration.answered = revision
                 registration.generation = generation
             if registration.revision == revision and registration.standing is sent:
-                if code >= 0x80:
-                    registration.standing = refused
-                    self._some_refused = True
-                else:
-                    registration.standing = granted
+                registration.standing = refused if code >= 0x80 else granted
             if registration.waiter is not None:
                 registration.wake()
 
@@ -432,11 +407,11 @@ class Registry(Generic[M]):
             leaving.done.set()
 
 
-def _split(batch: Batch[M], size: int, room: float) -> Iterator[Batch[M]]:
-    """In batches of at most ``size``, whose filters take ``room`` bytes at most; one that takes more is alone."""
-    for start in range(0, len(batch.packed), size):
-        some = batch.slice(start, start + size)
-        if room < math.inf and len(some.packed) > 1 and sum(map(len, some.packed)) > room:
-            yield from _split(some, (len(some.packed) + 1) // 2, room)
+def _split(registrations: list[Registration[M]], size: int, room: float) -> Iterator[list[Registration[M]]]:
+    """In lists of at most ``size``, whose filters take ``room`` bytes at most; one that takes more is alone."""
+    for start in range(0, len(registrations), size):
+        some = registrations[start : start + size]
+        if room < math.inf and len(some) > 1 and sum(len(one.packed) for one in some) > room:
+            yield from _split(some, (len(some) + 1) // 2, room)
         else:
             yield some

@@ -77,7 +77,9 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
     for batch in batches:
         sent = batch if unlimited else _without_refused(connection, registry, batch)
         if sent.registrations:
-            reply = connection.subscribe(sent.packed, sent.identifier, sent.user_properties)
+            reply = connection.subscribe(
+                [registration.packed for registration in sent.registrations], sent.identifier, sent.user_properties
+            )
             requests.append((sent, reply))
     for sent, reply in requests:
         registry.answer(sent, await _answer(connection, reply, "SUBSCRIBE"), connection.generation)
