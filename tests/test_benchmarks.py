@@ -63,13 +63,15 @@ def test_a_quick_run_measures_this_driver_and_the_bare_loop(tmp_path: Path) -> N
 @pytest.mark.broker
 def test_the_bare_loop_goes_through_a_real_broker(tmp_path: Path) -> None:
     require(Mosquitto())
-    chosen = workloads("receive-0-mosquitto", "receive-1-mosquitto", "publish-1-mosquitto", "round-trip-1")
+    chosen = workloads(
+        "receive-0-mosquitto", "receive-1-mosquitto", "publish-1-mosquitto", "round-trip-1", "reconnect-1000-mosquitto"
+    )
     floor = [client for client in CLIENTS if client.name == FLOOR]
     output = tmp_path / "out.json"
     measure(floor, chosen, rounds=1, quick=True, environments=tmp_path, output=output, progress=io.StringIO())
     results = Results.read(output)
     assert results.missing == []
-    assert len(results.runs) == 4
+    assert len(results.runs) == 5
 
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.module)

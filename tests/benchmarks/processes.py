@@ -58,8 +58,9 @@ def _servers(workload: Workload, job: Job) -> Generator[Job, None, None]:
     if workload.server == "mosquitto":
         with _mosquitto() as port:
             yield dataclasses.replace(job, port=port)
-    elif workload.server == "mosquitto and publisher":
-        with _mosquitto() as port, _server("publisher", dataclasses.replace(job, port=port)) as ready:
+    elif workload.server.startswith("mosquitto and "):
+        role = workload.server.removeprefix("mosquitto and ")
+        with _mosquitto() as port, _server(role, dataclasses.replace(job, port=port)) as ready:
             yield ready
     else:
         with _server(workload.server, job) as ready:

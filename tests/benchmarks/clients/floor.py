@@ -160,7 +160,7 @@ def reconnect(job: Job, gauge: Gauge) -> None:
         connection.until(wire.PUBLISH)
     connection.sock.close()
     connection = Connection(job, [])
-    connection.sock.sendall(wire.publish(job, "floor/test", b"", 1))
+    connection.sock.sendall(wire.publish(job, "floor/test", b"", 1, 1))
     connection.until(wire.PUBACK)
     connection.sock.sendall(wire.subscribe(filters, job.qos, job.version))
     connection.until(wire.PUBLISH)

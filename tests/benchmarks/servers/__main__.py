@@ -10,9 +10,16 @@ from .base import Server
 from .cutter import Cutter
 from .feeder import Feeder
 from .publisher import Publisher
+from .relay import Relay
 from .sink import Sink
 
-ROLES: dict[str, type[Server]] = {"feeder": Feeder, "sink": Sink, "cutter": Cutter, "publisher": Publisher}
+ROLES: dict[str, type[Server]] = {
+    "feeder": Feeder,
+    "sink": Sink,
+    "cutter": Cutter,
+    "publisher": Publisher,
+    "relay": Relay,
+}
 
 
 def main() -> None:

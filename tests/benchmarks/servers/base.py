@@ -78,6 +78,8 @@ class Server:
         self._selector.register(sock, selectors.EVENT_READ, readable)
 
     def _readable(self, peer: Peer) -> None:
+        if peer not in self.peers:
+            return  # dropped since the selector found it readable
         try:
             data = peer.sock.recv(RECEIVE)
             if data:

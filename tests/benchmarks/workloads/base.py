@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..job import Job
 
-Server = Literal["feeder", "sink", "cutter", "mosquitto", "mosquitto and publisher"]
+Server = Literal["feeder", "sink", "cutter", "mosquitto", "mosquitto and publisher", "mosquitto and relay"]
 Figures = Mapping[str, float]
 
 
