@@ -1,5 +1,5 @@
-"""Between a client and a real broker: it cuts the connection on "go", and has a message published as soon as the broker
-has granted all filters on the next one."""
+"""Between a client and a real broker: it cuts the connection on "go", and has a message published as soon as the
+broker has granted all filters on the next one."""
 
 from __future__ import annotations
 
