@@ -11,7 +11,7 @@ project_copyright = f"2026, {author}"
 _pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
 release = version = re.findall(r'^version = "(.+)"$', _pyproject, re.MULTILINE)[0]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"{project} {release}"

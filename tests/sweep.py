@@ -226,7 +226,7 @@ async def check_usable(scene: Scene) -> None:
     dispatcher = driver._dispatcher
     assert dispatcher._open >= set(scene.kept)
     assert {member for one in driver._registry for member in one.members} == dispatcher._open
-    assert dispatcher._handling == {one for one in dispatcher._open if one.handler is not None}
+    assert dispatcher._handling == {one for one in dispatcher._open if one._handler is not None}
     assert not dispatcher._blocking
     check_nobody_waits(driver)
 

@@ -245,7 +245,7 @@ async def test_the_application_may_listen_too(broker: MemoryBroker, protocol: st
         assert sorted(heard) == [("all", "offline"), ("all", "online"), ("own", "offline"), ("own", "online")]
 
         await driver.unsubscribe(TOPIC)
-        assert own.registration is not None
+        assert own._registration is not None
         with pytest.raises(ValueError, match=r"nothing is subscribed with 'state'"):
             await driver.unsubscribe(TOPIC)
         heard.clear()

@@ -115,16 +115,46 @@ def test_copies_in_any_order_are_dealt_out_evenly(sent: list[str], size: int, rn
     hands: list[Counter[str]] = [Counter() for _ in range(size)]
     while remaining := [stream for stream in streams if stream]:
         payload = rng.choice(remaining).pop(0)
-        hands[dealer.deal(Message("t", payload.encode()), range(size))][payload] += 1
+        hands[dealer.deal(Message("t", payload.encode()), dict.fromkeys(range(size), 0))][payload] += 1
     assert all(hand == Counter(sent) for hand in hands)
 
 
 def test_the_dealer_remembers_a_bounded_number_of_messages() -> None:
-    dealer = CopyDealer()
+    dealer, both = CopyDealer(), {"A": 0, "B": 0}
     for number in range(5000):
-        assert dealer.deal(Message("t", b"%d" % number), "AB") == "A"
-    assert dealer.deal(Message("t", b"4999"), "AB") == "B"
-    assert dealer.deal(Message("t", b"0"), "AB") == "A"
+        assert dealer.deal(Message("t", b"%d" % number), both) == "A"
+    assert dealer.deal(Message("t", b"4999"), both) == "B"
+    assert dealer.deal(Message("t", b"0"), both) == "A"
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 2]), max_size=30),
+    st.lists(st.sampled_from([0, 1, 2]), min_size=2, max_size=5),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_copies_are_for_those_whose_qos_they_have(sent: list[int], granted: list[int], away: bool, rng: Any) -> None:
+    """While we are ``away`` the broker keeps no copy of QoS 0."""
+    streams = [
+        [(str(number), qos) for number, qos in enumerate(sent) if not away or min(qos, most)] for most in granted
+    ]
+    registrations = dict(enumerate(granted))
+    dealer = CopyDealer()
+    hands = [Counter[str]() for _ in granted]
+    expected = [Counter(payload for payload, _ in stream) for stream in streams]
+    while remaining := [number for number, stream in enumerate(streams) if stream]:
+        number = rng.choice(remaining)
+        payload, qos = streams[number].pop(0)
+        copy: Message[bytes] = Message("t", payload.encode(), qos=min(qos, granted[number]))
+        hands[dealer.deal(copy, registrations)][payload] += 1
+    assert hands == expected
+
+
+def test_a_filter_that_is_refused_gets_no_copies() -> None:
+    dealer = CopyDealer()
+    registrations = {"A": -1, "B": 0, "C": 1}
+    dealt = [dealer.deal(Message("t", b"same", qos=qos), registrations) for qos in (0, 1, 0, 1)]
+    assert dealt == ["B", "C", "B", "C"]
 
 
 @pytest.mark.parametrize("overlapping", ["once", "copies"])

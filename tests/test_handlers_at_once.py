@@ -95,9 +95,9 @@ async def test_it_waits_until_the_handler_is_done(autojump_clock: MockClock, bro
     async with MQTTDriver(memory_config(broker)) as driver:
         subscription = await driver.subscribe("a", lambda message: seen.append(message.payload))
         await one_by_one(broker, *WARM)
-        subscription.put([Message("a", b"1")], 1)
-        assert not subscription.handle_now(Message("a", b"2"))
-        subscription.put([Message("a", b"2")], 1)
+        subscription._put([Message("a", b"1")], 1)
+        assert not subscription._handle_now(Message("a", b"2"))
+        subscription._put([Message("a", b"2")], 1)
         await settled()
         assert seen[4:] == [b"1", b"2"]
 
@@ -105,10 +105,10 @@ async def test_it_waits_until_the_handler_is_done(autojump_clock: MockClock, bro
             seen.append(message.payload)
             raise ValueError("of the application's")
 
-        subscription.handler = wrong
-        assert subscription.handle_now(Message("a", b"3"))
-        assert not subscription.handle_now(Message("a", b"4"))
-        subscription.put([Message("a", b"4")], 1)
+        subscription._handler = wrong
+        assert subscription._handle_now(Message("a", b"3"))
+        assert not subscription._handle_now(Message("a", b"4"))
+        subscription._put([Message("a", b"4")], 1)
         await settled()
         assert seen[6:] == [b"3", b"4"]
 
@@ -378,12 +378,12 @@ async def test_an_ended_subscription_is_handed_nothing(autojump_clock: MockClock
     async with MQTTDriver(memory_config(broker)) as driver:
         subscription = await driver.subscribe("a", lambda message: seen.append(message.payload))
         await one_by_one(broker, b"1", b"2")
-        subscription.close()  # the task has had no turn yet
-        assert not subscription.handle_now(Message("a", b"3"))
+        subscription._close()  # the task has had no turn yet
+        assert not subscription._handle_now(Message("a", b"3"))
         await driver.unsubscribe(subscription)
         broker.publish("a", b"4")
         await settled()
-        assert not subscription.handle_now(Message("a", b"5"))
+        assert not subscription._handle_now(Message("a", b"5"))
     assert seen == [b"1", b"2"]
 
 
@@ -410,7 +410,7 @@ async def test_what_was_begun_when_the_handlers_task_is_cancelled_is_not_forgott
         await settled()
         assert driver._dispatcher._nursery is not None
         driver._dispatcher._nursery.cancel_scope.cancel()
-        assert subscription.handle_now(Message("a", b"1"))
+        assert subscription._handle_now(Message("a", b"1"))
         await settled()
     gc.collect()
     failed = "handler of 'a' failed" in caplog.text

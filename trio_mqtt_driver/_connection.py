@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import trio
@@ -127,6 +128,7 @@ class Connection:
         self._timer = trio.CancelScope()
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
         self._requests: dict[int, Request] = {}
+        self._patient: dict[trio.CancelScope, float] = {}
         self._closing = False
         self._eof = trio.Event()
 
@@ -249,16 +251,21 @@ class Connection:
         return self._request(packet_id, packet, Request(len(filters), unsubscribe=True, reply=Reply()))
 
     async def within(self, seconds: float, reply: Reply[T]) -> T:
-        """Wait for an answer, not counting the time in which reading pauses. Raises ``trio.TooSlowError``."""
-        deadline = trio.current_time() + seconds
-        while deadline > trio.current_time():
-            with trio.move_on_at(deadline):
-                return await reply.wait()
-            if self.deadlines.listening_since == math.inf:
-                deadline += seconds
-            else:
-                deadline = max(deadline, self.deadlines.listening_since + seconds)
+        """Wait for an answer, as long as ``patience`` lets. Raises ``trio.TooSlowError``."""
+        with self.patience(seconds):
+            return await reply.wait()
         raise trio.TooSlowError
+
+    @contextmanager
+    def patience(self, seconds: float) -> Generator[trio.CancelScope]:
+        """As ``trio.move_on_after``, but while reading pauses no time passes, and after that it begins anew."""
+        deadline = math.inf if self.deadlines.paused else trio.current_time() + seconds
+        with trio.CancelScope(deadline=deadline) as scope:
+            self._patient[scope] = seconds
+            try:
+                yield scope
+            finally:
+                del self._patient[scope]
 
     def _request(self, packet_id: int, packet: bytes, request: Request) -> Reply[tuple[ReasonCode, ...]]:
         self._requests[packet_id] = request
@@ -379,10 +386,15 @@ class Connection:
 
     async def _pause(self) -> None:
         self.deadlines.paused = True
+        for scope in self._patient:
+            scope.deadline = math.inf
         while self._inbox.full:
             await self._inbox.wait_room()
         await self.receiver.wait_room()
-        self.deadlines.resume(trio.current_time())
+        now = trio.current_time()
+        self.deadlines.resume(now)
+        for scope, seconds in self._patient.items():
+            scope.deadline = now + seconds
 
     def _take_packets(self, packets: list[Packet], messages: list[Message[Any]]) -> int | None:
         """Act on packets, and append the messages that are for the application. Raises ``ProtocolError``.

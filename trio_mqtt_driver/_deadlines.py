@@ -78,11 +78,6 @@ class Deadlines:
         self._suspended: _Doubt | None = None
         self._suspended_for = 0.0
 
-    @property
-    def listening_since(self) -> float:
-        """When reading began or went on; infinite while it is paused."""
-        return math.inf if self.paused else self._resumed_at
-
     def resume(self, now: float) -> None:
         """Reading goes on: what lay unread can be an answer, so all waiting begins anew."""
         self.paused = False

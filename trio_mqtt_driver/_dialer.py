@@ -98,6 +98,7 @@ class Dialer:
         self, config: DriverConfig, version: int, client_id: str, generation: int, session: Session, life: Life
     ) -> None:
         deadline = trio.current_time() + config.connect_timeout
+        lasting = session.established or session.wiped
         self.connection = connection = Connection(
             await open_stream_by(config, deadline, self._rng if self._attempts.number > 1 else None),
             config,
@@ -118,8 +119,12 @@ class Dialer:
                 self._outbox.put_back(session.end())
         cause = connection.cause
         if isinstance(cause, ServerDisconnectedError) and cause.taken_over:
-            # Whoever took the session over has wiped it or uses its identifiers: what the broker has is not ours.
-            self.adopt(Session())
+            if connection.in_doubt and lasting:
+                # A CONNECT of ours that nobody had answered, most likely, read late: the session is as it was.
+                session.unanswered += 1
+            else:
+                # Whoever took the session over has wiped it or uses its identifiers: what the broker has is not ours.
+                self.adopt(Session())
         if cause is not None:
             raise cause
 

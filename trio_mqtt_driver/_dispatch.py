@@ -6,6 +6,9 @@ that sleeps holds up nobody else's messages, acknowledgements or keep-alive. Of 
 is a plain function needs no task.
 """
 
+# The application has the subscription in its hands, too: what is only for the dispatcher has private names there.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import logging
@@ -86,7 +89,7 @@ class Dispatcher:
         """Messages that come after one another for one subscription alone are put there together."""
         begin = 0
         owner: Subscription[Any] | None = None
-        properties = messages[0]._properties  # pyright: ignore[reportPrivateUsage]
+        properties = messages[0]._properties
         sole = self._sole.get(properties.subscription_identifiers, _NO_SOLE)
         for number, message in enumerate(messages):
             if message._properties is not properties:  # pyright: ignore[reportPrivateUsage]
@@ -106,9 +109,9 @@ class Dispatcher:
         if owner is not None:
             if begin:
                 self._put_row(owner, messages[begin:])
-            elif len(messages) == 1 and owner.handle_now(messages[0]):
+            elif len(messages) == 1 and owner._handle_now(messages[0]):
                 return
-            elif owner.put(messages, size):
+            elif owner._put(messages, size):
                 self._crowd(owner)
 
     def _note_sole(
@@ -145,7 +148,7 @@ class Dispatcher:
             message._done()  # pyright: ignore[reportPrivateUsage]
 
     def _put_row(self, subscription: Subscription[Any], row: list[Message[Any]]) -> None:
-        if subscription.put(row, sum([len(message.payload) for message in row])):
+        if subscription._put(row, sum([len(message.payload) for message in row])):
             self._crowd(subscription)
 
     def _deal(self, message: Message[Any], targets: tuple[Target, ...]) -> tuple[Target, ...]:
@@ -154,7 +157,7 @@ class Dispatcher:
         if message._source is not self._dealing_for:  # pyright: ignore[reportPrivateUsage]  # another connection
             self._dealing_for = message._source  # pyright: ignore[reportPrivateUsage]
             self._dealer = CopyDealer()
-        registrations = list(dict.fromkeys(one for one, _ in targets if one.topic_filter == one.plain_filter))
+        registrations = {one: one.granted_qos for one, _ in targets if one.topic_filter == one.plain_filter}
         if len(registrations) < 2:
             return targets
         chosen = self._dealer.deal(message, registrations)
@@ -164,16 +167,16 @@ class Dispatcher:
         self, message: Message[Any], registration: Registration[Subscription[Any]], subscription: Subscription[Any]
     ) -> None:
         if message.retain and not registration.options.retain_as_published:
-            message.replayed = 0 < subscription.first_generation < message.generation
-        if subscription.put([message], len(message.payload)):
+            message.replayed = 0 < subscription._first_generation < message.generation
+        if subscription._put([message], len(message.payload)):
             self._crowd(subscription)
 
     def _crowd(self, subscription: Subscription[Any]) -> None:
         self._crowded.add(subscription)
-        if subscription.queue.overflow is Overflow.BLOCK:
+        if subscription._queue.overflow is Overflow.BLOCK:
             self._blocking.add(subscription)
-            subscription.watched = True
-            subscription.queue.attend()
+            subscription._watched = True
+            subscription._queue.attend()
 
     def _find_targets(self, topic: str) -> tuple[Target, ...]:
         targets = tuple(
@@ -203,10 +206,10 @@ class Dispatcher:
         A read can bring thousands of messages before any consumer runs: without this, the fastest handler would lose
         some. It never waits for user code: who is busy with a message is not waited for.
         """
-        while any(one.queue.full and one.ready for one in self._crowded):  # noqa: ASYNC110  # it is turns that are waited for
+        while any(one._queue.full and one._ready for one in self._crowded):  # noqa: ASYNC110  # it is turns that are waited for
             await trio.lowlevel.checkpoint()
         while self._crowded:
-            self._crowded.pop().queue.shorten()
+            self._crowded.pop()._queue.shorten()
 
     @property
     def full(self) -> bool:
@@ -220,11 +223,11 @@ class Dispatcher:
 
     def changed(self, subscription: Subscription[Any]) -> None:
         """A subscription's queue has become shorter, or whoever empties it has nothing to do."""
-        if self.retired and subscription.idle:
+        if self.retired and subscription._idle:
             self._idle.set()
-        if self._blocking and subscription in self._blocking and not subscription.queue.full:
+        if self._blocking and subscription in self._blocking and not subscription._queue.full:
             self._blocking.discard(subscription)
-            subscription.watched = False
+            subscription._watched = False
             self._room.set()
 
     # -- the application's end ----------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ class Dispatcher:
                     subscription.topic_filter,
                     code,
                 )
-            subscription.first_generation = registration.generation
+            subscription._first_generation = registration.generation
         except BaseException:
             self.close(subscription)
             raise
@@ -263,8 +266,8 @@ class Dispatcher:
         if nursery is None:
             raise DriverClosedError("the driver is not running")
         registration, revision = self._registry.add(subscription.topic_filter, options, subscription)
-        subscription.registration = registration
-        if subscription.handler is not None:
+        subscription._registration = registration
+        if subscription._handler is not None:
             nursery.start_soon(self._handle, subscription)
         return registration, revision
 
@@ -272,9 +275,9 @@ class Dispatcher:
         """End a subscription; returns what to wait for if the broker must be told."""
         self._open.discard(subscription)
         leaving = None
-        if subscription.registration is not None:
-            leaving = self._registry.remove(subscription.registration, subscription)
-        subscription.close()
+        if subscription._registration is not None:
+            leaving = self._registry.remove(subscription._registration, subscription)
+        subscription._close()
         return leaving
 
     async def close_and_wait(self, subscriptions: list[Subscription[Any]]) -> None:
@@ -293,7 +296,7 @@ class Dispatcher:
         """A subscription that is open, or the handler subscriptions of a topic filter."""
         if isinstance(target, Subscription):
             return [target] if target in self._open else []
-        return [one for one in self._open if one.topic_filter == target and one.handler is not None]
+        return [one for one in self._open if one.topic_filter == target and one._handler is not None]
 
     async def retire(self) -> None:
         """Take no more messages, and wait until the handlers are done with those that are here.
@@ -305,21 +308,21 @@ class Dispatcher:
         self._blocking.clear()
         self._room.set()
         for subscription in list(self._handling):
-            while subscription in self._handling and not subscription.idle:
+            while subscription in self._handling and not subscription._idle:
                 self._idle = trio.Event()
                 await self._idle.wait()
 
     @property
     def unprocessed(self) -> int:
         """Messages that a handler or an iterator has, or that wait for one."""
-        return sum(one.unprocessed for one in self._open | self._handling)
+        return sum(one._unprocessed for one in self._open | self._handling)
 
     def close_all(self) -> None:
         """The driver ends: what was not processed is lost."""
         for subscription in list(self._open):
             self._open.discard(subscription)
-            subscription.abandon()
-            subscription.close()
+            subscription._abandon()
+            subscription._close()
 
     # -- handlers -----------------------------------------------------------------------------------------------------
 
@@ -334,14 +337,14 @@ class Dispatcher:
                 self._nursery = None
 
     async def _handle(self, subscription: Subscription[Any]) -> None:
-        handler = subscription.handler
+        handler = subscription._handler
         assert handler is not None
         self._handling.add(subscription)
         try:
-            await subscription._handle(handler)  # pyright: ignore[reportPrivateUsage]
+            await subscription._handle(handler)
         finally:
             self._handling.discard(subscription)
-            subscription.handler_ended()
+            subscription._handler_ended()
             self._idle.set()
 
     def failed(self, subscription: Subscription[Any], message: Message[Any], error: Exception) -> bool:
@@ -349,7 +352,7 @@ class Dispatcher:
 
         Whether the handler shall not go on.
         """
-        subscription.handler_failed()
+        subscription._note_error()
         if self._on_handler_error is not None:
             self._on_handler_error(error)
             return True

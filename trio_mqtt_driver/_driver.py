@@ -26,7 +26,7 @@ from ._edges import Edges
 from ._errors import DriverClosedError, NotConnectedError, ServerLimitError
 from ._events import EventStream
 from ._history import History
-from ._lifespan import Lifespan
+from ._lifespan import Lifespan, only_cancelled
 from ._limits import subscribe_refusal
 from ._outbox import Outbox
 from ._outgoing import Receipt, Undelivered, wait_settled
@@ -153,11 +153,10 @@ class MQTTDriver:
     async def _keep_connected(self) -> None:
         try:
             await self._supervisor.run()
-        except trio.Cancelled:
-            raise
         except BaseException as exc:
             # Before the waiters are settled: the body is to see the cancellation, not publishes that are lost.
-            self._lifespan.fail_with(exc)
+            if not only_cancelled(exc):
+                self._lifespan.fail_with(exc)
             raise
         finally:
             self._settle()
@@ -177,7 +176,8 @@ class MQTTDriver:
 
     async def _stop(self, graceful: bool) -> None:
         config = self.config
-        if graceful and self.state is State.LIVE:
+        if graceful and (live := self._supervisor.live) is not None:
+            live.receiver.retire()
             with trio.move_on_after(config.drain_timeout):
                 await self._dispatcher.retire()
                 await wait_settled(self._supervisor.undelivered)
@@ -334,7 +334,7 @@ class MQTTDriver:
             yield subscription
         finally:
             self._dispatcher.close(subscription)
-            subscription.finish()
+            subscription._finish()  # pyright: ignore[reportPrivateUsage]
 
     async def _subscribe(
         self, topic_filter: str, handler: Handler[Any] | None, message_class: Any, options: SubscribeArguments

@@ -102,6 +102,13 @@ class Lifespan:
             self.fail(_translate(exc))
 
 
+def only_cancelled(exc: BaseException) -> bool:
+    """Whether it is a cancellation and nothing else. Out of a nursery it comes in a group, even if it is alone."""
+    if isinstance(exc, BaseExceptionGroup):
+        return cast("BaseExceptionGroup[BaseException]", exc).split(trio.Cancelled)[1] is None
+    return isinstance(exc, trio.Cancelled)
+
+
 def _raise(error: BaseException) -> NoReturn:
     """Raise an error with the context that it has; ``raise`` alone would put there what is being handled now."""
     context = error.__context__

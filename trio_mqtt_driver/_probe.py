@@ -28,7 +28,7 @@ async def probe(connection: Connection) -> str:
         check_topic(topic, "probe_topic")
     except ValueError as exc:
         raise ProbeError(f"the client ID {connection.client_id[:60]!r} makes no probe topic: {exc}") from exc
-    with trio.move_on_after(config.probe_timeout) as scope:
+    with connection.patience(config.probe_timeout) as scope:  # a session that goes on may have a backlog first
         if config.probe == "echo":
             await _echo(connection, topic)
         else:
@@ -42,7 +42,7 @@ async def probe(connection: Connection) -> str:
 
 async def _ping(connection: Connection) -> str:
     timeout = connection.config.probe_timeout
-    with trio.move_on_after(timeout):
+    with connection.patience(timeout):
         return f"PINGREQ answered in {await connection.ping().wait():.3f} s"
     raise ProbeError(f"PINGREQ was not answered within probe_timeout={timeout:g} s")
 

@@ -59,6 +59,7 @@ class Receiver:
             patience=config.ack_patience,
         )
         self._acknowledged = trio.Event()
+        self._retired = False
         self._overran = False
         self.ended = False
         """Whether nothing can be acknowledged on the connection any more."""
@@ -132,11 +133,17 @@ class Receiver:
         return self._window.full
 
     async def wait_room(self) -> None:
-        """Return when it is not ``full``. Not counting what waits for PUBREL: that could not be read meanwhile."""
+        """Return when it is not ``full``, or no message is taken any more. Not counting what waits for PUBREL: that
+        could not be read meanwhile."""
         self.collect()
-        while self._window.full:
+        while self._window.full and not self._retired:
             self._acknowledged = trio.Event()
             await self._acknowledged.wait()
+
+    def retire(self) -> None:
+        """What comes from now on is dropped, so nothing has to wait for room: least of all the answers behind it."""
+        self._retired = True
+        self._acknowledged.set()
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
@@ -145,10 +152,11 @@ class Receiver:
         that of QoS 2 belongs to the session, which may go on."""
         if message.qos == 1 and not self.ended and not message._code:
             self.note(message)
-            if self._writer.idle:
-                self._writer.rouse()
+            self.noted()
             return True
+        message._open = 1  # not yet: what goes before it sends all in the line that is done with
         self.collect()
+        message._open = 0
         if message._code and self._version != 5:
             message._code = 0
             self._warn_once(
@@ -169,9 +177,15 @@ class Receiver:
         return False
 
     def noted(self) -> None:
-        """Have the writer send what was noted."""
+        """Have the writer send what was noted.
+
+        It may be stuck in a write: a broker that waits until we read need not read itself. So if reading may have
+        paused because of these, they are taken out of the window here.
+        """
         if self._writer.idle:
             self._writer.rouse()
+        elif self._window.full:
+            self.collect()
 
     def collect(self) -> None:
         """Acknowledge what was only noted so far."""

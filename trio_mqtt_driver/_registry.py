@@ -99,6 +99,13 @@ class Registration(Generic[M]):
     def plain_filter(self) -> str:
         return split_share(self.topic_filter)[1]
 
+    @property
+    def granted_qos(self) -> int:
+        """The highest QoS that its messages can have, as far as we know; -1 if none come, since it is refused."""
+        if self.reason_code is None:
+            return 2
+        return -1 if self.reason_code.is_failure else int(self.reason_code)
+
     def ask(self, options: SubscriptionOptions) -> None:
         """Have it asked for with these options."""
         self.options = options

@@ -43,15 +43,14 @@ class StateView(Generic[T]):
     raises, and leaving ends it. A message with an empty payload takes its topic out, as in MQTT it clears the retained
     message [MQTT-3.3.1-6]; one that does not fit ``message_class`` changes nothing.
 
-    Args:
-        driver: may be entered later than the view is made.
-        topic_filter: as for ``subscribe()``; so are ``message_class`` and ``options``.
-        complete: whether these topics are all that the application needs; by default it needs at least one. A
-            function of topic → message, asked when something changed.
-        on_reset: called, without arguments, whenever the view was emptied since its connection is over: before any
-            message of the next one. It must not block; an exception counts as one of a handler.
-        debounce: seconds for which `changes()` collects after a change.
-        max_topics: more topics than this are ignored, and counted in `ignored`.
+    :param driver: may be entered later than the view is made.
+    :param topic_filter: as for ``subscribe()``; so are ``message_class`` and ``options``.
+    :param complete: whether these topics are all that the application needs; by default it needs at least one. A
+        function of topic → message, asked when something changed.
+    :param on_reset: called, without arguments, whenever the view was emptied since its connection is over: before any
+        message of the next one. It must not block; an exception counts as one of a handler.
+    :param debounce: seconds for which `changes()` collects after a change.
+    :param max_topics: more topics than this are ignored, and counted in `ignored`.
     """
 
     @overload
@@ -143,8 +142,9 @@ class StateView(Generic[T]):
         except BaseException:
             self._unlisten()
             raise
-        assert self._subscription.registration is not None
-        self._subscription.registration.renew = True
+        registration = self._subscription._registration  # pyright: ignore[reportPrivateUsage]
+        assert registration is not None
+        registration.renew = True
         return self
 
     async def __aexit__(

@@ -1,13 +1,13 @@
 """One local subscription: its queue, and the iterator or the handler at the end of it.
 
-The queue is filled by the reader of the connection, which never waits (``put`` is synchronous), and emptied by one
+The queue is filled by the reader of the connection, which never waits (``_put`` is synchronous), and emptied by one
 task. It belongs to the driver, not to a connection, so it lives across reconnects.
 
 A message is *done*, and then acknowledged, when its handler has returned, or when the iterator is asked for the next
 one: not when it is handed out, since whoever got it may still fail. `Acknowledge` has the other choices.
 
 A message that comes alone, to a handler that has nothing to do, spares the turn of the handler's task: the reader
-calls the handler (``handle_now``), since a plain function holds up everybody for as long, whoever calls it. What the
+calls the handler (``_handle_now``), since a plain function holds up everybody for as long, whoever calls it. What the
 task is for is left to it: an awaitable that comes back, an exception, and whatever comes meanwhile. Hazard: the reader
 is not to be held up by more than that one call, so this is never done for one of several messages.
 """
@@ -72,11 +72,11 @@ class Subscription(Generic[T]):
         failed: Callable[[Subscription[Any], Message[Any], Exception], bool],
     ) -> None:
         self.topic_filter = topic_filter
-        self.queue = queue
+        self._queue = queue
         self._on_receipt = acknowledge is Acknowledge.RECEIVED
         self._manual = acknowledge is Acknowledge.MANUAL
-        self.registration: Registration[Subscription[Any]] | None = None
-        self.handler = handler
+        self._registration: Registration[Subscription[Any]] | None = None
+        self._handler = handler
         self._context: contextvars.Context | None = None
         """That of the handler's task, if the reader may call the handler: not if it has returned an awaitable once."""
         self._decode = decode
@@ -85,7 +85,7 @@ class Subscription(Generic[T]):
         self._counters = counters
         self._changed = changed
         self._failed = failed
-        self.first_generation = 0
+        self._first_generation = 0
         """The generation that granted it; retained messages that a later one brings are repetitions."""
         self._arrived = trio.Event()
         self._handed_out: Message[T] | None = None
@@ -97,7 +97,7 @@ class Subscription(Generic[T]):
         self._closed = False
         self._sleeping = False
         """Whether somebody waits for ``_arrived``."""
-        self.watched = False
+        self._watched = False
         """Whether the dispatcher waits for room, and must be told of what is taken out."""
         self._calls = _TURN
         self._until = 0.0
@@ -107,17 +107,17 @@ class Subscription(Generic[T]):
         self._dead_letters = self._refused = self._handler_errors = 0
 
     def __repr__(self) -> str:
-        return f"<Subscription {self.topic_filter!r} {self._delivered} delivered, {len(self.queue.messages)} queued>"
+        return f"<Subscription {self.topic_filter!r} {self._delivered} delivered, {len(self._queue.messages)} queued>"
 
     @property
     def _delivered(self) -> int:
-        queue = self.queue
+        queue = self._queue
         return queue.received - len(queue.messages) - queue.dropped - self._withheld
 
     @property
     def degraded(self) -> ReasonCode | None:
         """The code with which the broker refused this filter at the last replay; None if all is well."""
-        registration = self.registration
+        registration = self._registration
         if registration is None or registration.standing is not Standing.REFUSED:
             return None
         return registration.reason_code
@@ -125,14 +125,14 @@ class Subscription(Generic[T]):
     @property
     def granted_qos(self) -> int | None:
         """The QoS that the broker granted; None if it refused or has not answered yet."""
-        registration = self.registration
+        registration = self._registration
         if registration is None or registration.reason_code is None or registration.reason_code.is_failure:
             return None
         return int(registration.reason_code)
 
     def statistics(self) -> SubscriptionStatistics:
         """Counters since the subscription was made."""
-        queue = self.queue
+        queue = self._queue
         return SubscriptionStatistics(
             received=queue.received,
             delivered=self._delivered,
@@ -146,23 +146,23 @@ class Subscription(Generic[T]):
         )
 
     @property
-    def unprocessed(self) -> int:
+    def _unprocessed(self) -> int:
         """Messages that are queued, or that a handler or an iterator has; not those that it left for later."""
-        return len(self.queue.messages) + (self._handed_out is not None or self._burying)
+        return len(self._queue.messages) + (self._handed_out is not None or self._burying)
 
     @property
-    def idle(self) -> bool:
+    def _idle(self) -> bool:
         """Whether nothing is queued and nothing is being processed."""
-        return not self.unprocessed
+        return not self._unprocessed
 
     # -- the filling end ----------------------------------------------------------------------------------------------
 
     @property
-    def ready(self) -> bool:
+    def _ready(self) -> bool:
         """Whether somebody is asking for the next message, and not busy with the last one."""
         return self._receiving and not self._burying
 
-    def put(self, messages: list[Message[Any]], size: int) -> bool:
+    def _put(self, messages: list[Message[Any]], size: int) -> bool:
         """Queue messages that one connection brought, with so many bytes of payload, whether there is room or not.
 
         True if the queue has reached a bound: call ``queue.shorten``.
@@ -172,41 +172,41 @@ class Subscription(Generic[T]):
             for message in messages:  # one by one: each looks at the one before it
                 if message.qos:
                     self._take_special(message, source)
-                self.queue.put([message], len(message.payload))
-            too_long = self.queue.full
+                self._queue.put([message], len(message.payload))
+            too_long = self._queue.full
         else:
-            too_long = self.queue.put(messages, size)
+            too_long = self._queue.put(messages, size)
         if self._sleeping:
             self._arrived.set()
         return too_long
 
-    def handle_now(self, message: Message[Any]) -> bool:
+    def _handle_now(self, message: Message[Any]) -> bool:
         """Call the handler with a message that came alone. False, and nothing is done, if that is for its task."""
         context = self._context
         if (
             context is None
             or not self._sleeping
             or self._handed_out is not None
-            or self.queue.messages
+            or self._queue.messages
             or self._closed
         ):
             return False
-        assert self.handler is not None
+        assert self._handler is not None
         try:
             message.value = context.run(self._decode, message.payload) if self._typed else message.payload
         except PayloadError:
             return False
-        self.queue.received += 1
+        self._queue.received += 1
         if message.qos:
             message._reader = self
         self._handed_out = message
         try:
-            outcome = context.run(self.handler, message)
+            outcome = context.run(self._handler, message)
         except Exception as exc:  # noqa: BLE001  # its task has the policy for it
             self._begun = exc
         else:
             if outcome is None or not isinstance(outcome, Awaitable):
-                self.finish()
+                self._finish()
                 return True
             self._begun = outcome
             self._context = None
@@ -224,24 +224,24 @@ class Subscription(Generic[T]):
     @property
     def _holds_up(self) -> bool:
         busy = self._handed_out or self._kept
-        queue = self.queue.messages
+        queue = self._queue.messages
         return (busy is not None and busy._holds_up) or (bool(queue) and queue[-1]._holds_up)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """End iteration and let go of what is queued. It is acknowledged: nobody is left who could process it, and
         unacknowledged it would take up the broker's window for as long as the connection lasts. What was handed out
         is for whoever has it."""
         self._closed = True
         self._arrived.set()
-        waiting = self.queue.messages
+        waiting = self._queue.messages
         while waiting:
             self._withheld += 1
             self._take_out()._done()
         self._changed(self)
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Drop what is queued: nobody will process it, and no connection is left to acknowledge it on."""
-        self.queue.abandon()
+        self._queue.abandon()
 
     # -- the emptying end ---------------------------------------------------------------------------------------------
 
@@ -254,13 +254,13 @@ class Subscription(Generic[T]):
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving from this subscription")
         self._receiving = True
-        queue = self.queue.messages
+        queue = self._queue.messages
         try:
             try:
                 if queue or self._closed:  # else the wait below is one
                     await self._give_way()
             finally:  # also if it is cancelled: it was asked for
-                self.finish()
+                self._finish()
             while True:  # noqa: ASYNC913  # _give_way or the wait is the cancel point
                 while not queue:
                     if self._closed:
@@ -297,7 +297,7 @@ class Subscription(Generic[T]):
         """
         if not (self._on_receipt or self._manual):
             self._context = trio.lowlevel.current_task().context
-        queue = self.queue
+        queue = self._queue
         waiting = queue.messages
         checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled
         while True:  # noqa: ASYNC913  # receive is the cancel point
@@ -353,15 +353,15 @@ class Subscription(Generic[T]):
             self._calls = calls
 
     def _go_on(self) -> Awaitable[object]:
-        """With what ``handle_now`` has begun."""
+        """With what ``_handle_now`` has begun."""
         begun, self._begun = self._begun, None
         assert begun is not None
         if isinstance(begun, Exception):
             raise begun
         return begun
 
-    def handler_ended(self) -> None:
-        """The handler's task is over; it may have been cancelled before it came to what ``handle_now`` had begun."""
+    def _handler_ended(self) -> None:
+        """The handler's task is over; it may have been cancelled before it came to what ``_handle_now`` had begun."""
         begun = self._begun
         if isinstance(begun, Exception):
             assert self._handed_out is not None
@@ -371,8 +371,8 @@ class Subscription(Generic[T]):
 
     def _take(self) -> Message[T]:
         """Hand out the first message of the queue, of a subscription to bytes."""
-        message: Message[Any] = self.queue.messages.popleft()  # as _take_out
-        if self.queue.attended:
+        message: Message[Any] = self._queue.messages.popleft()  # as _take_out
+        if self._queue.attended:
             self._took(message)
         if message.qos:
             message._reader = self
@@ -382,19 +382,19 @@ class Subscription(Generic[T]):
 
     def _take_out(self) -> Message[Any]:
         """Take the first message out of the queue."""
-        message = self.queue.messages.popleft()
-        if self.queue.attended:
+        message = self._queue.messages.popleft()
+        if self._queue.attended:
             self._took(message)
         if message.qos:
             message._reader = self
         return message
 
     def _took(self, message: Message[Any]) -> None:
-        self.queue.took(message)
-        if self.watched:
+        self._queue.took(message)
+        if self._watched:
             self._changed(self)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """The message that was handed out last is processed."""
         message = self._handed_out
         if message is None:
@@ -417,19 +417,19 @@ class Subscription(Generic[T]):
         else:
             message._done()
 
-    def refused(self) -> None:
+    def _note_refused(self) -> None:
         """Count a message that was refused."""
         self._refused += 1
         self._counters.refused_messages += 1
 
-    def handler_failed(self) -> None:
+    def _note_error(self) -> None:
         """Count an exception of the handler."""
         self._handler_errors += 1
         self._counters.handler_errors += 1
 
     async def _give_way(self) -> None:
         """A cancel point for every message, and now and then a schedule point."""
-        if self.queue.messages and self._calls < _TURN and self._now() < self._until:
+        if self._queue.messages and self._calls < _TURN and self._now() < self._until:
             self._calls += 1
             await trio.lowlevel.checkpoint_if_cancelled()
         else:
@@ -444,8 +444,8 @@ class Subscription(Generic[T]):
     async def _misfit(self, message: Message[Any], error: PayloadError) -> None:
         """A payload that is not of our message class: another subscription's of this filter, or a dead letter."""
         try:
-            members = self.registration.members if self.registration is not None else []
-            if any(other is not self and other.accepts(message.payload) for other in members):
+            members = self._registration.members if self._registration is not None else []
+            if any(other is not self and other._accepts(message.payload) for other in members):
                 return
             self._dead_letters += 1
             self._counters.dead_letters += 1
@@ -462,7 +462,7 @@ class Subscription(Generic[T]):
             self._burying = False
             message._done()
 
-    def accepts(self, payload: bytes) -> bool:
+    def _accepts(self, payload: bytes) -> bool:
         """Whether a payload fits this subscription's message class; one that takes raw bytes claims nothing."""
         if not self._typed:
             return False
@@ -477,7 +477,7 @@ class Subscription(Generic[T]):
 
     async def __anext__(self) -> Message[T]:
         if (
-            self.queue.messages
+            self._queue.messages
             and self._calls < _TURN
             and not self._typed
             and not self._receiving
@@ -488,7 +488,7 @@ class Subscription(Generic[T]):
             done = self._handed_out
             if done is not None:
                 if done.qos:
-                    self.finish()
+                    self._finish()
                 else:
                     self._handed_out = done._source = None
             await trio.lowlevel.checkpoint_if_cancelled()

@@ -219,7 +219,7 @@ class Acknowledger(Protocol):
 class Reader(Protocol):
     """The subscription that handed a message out, as far as a message knows it."""
 
-    def refused(self) -> None: ...
+    def _note_refused(self) -> None: ...
 
 
 _REFUSALS = (
@@ -347,7 +347,7 @@ class Message(_UsualMessage[T]):
         reader = self._reader
         taken = self._done()
         if taken and reader is not None:
-            reader.refused()
+            reader._note_refused()  # pyright: ignore[reportPrivateUsage]
         return taken
 
     @property

@@ -125,7 +125,13 @@ class Writer:
             self.buffer.clear()
             self._answers = 0
         if sent:
+            # What that makes room for is not written in here: it would make room again, one call within the other.
+            held = self.hold()
             self._count(sent)
+            if held:
+                self.idle = True
+                if self.buffer:
+                    self.rouse()
 
     def _count(self, sent: int) -> None:
         self.flushed += sent

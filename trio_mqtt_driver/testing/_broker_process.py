@@ -76,10 +76,9 @@ class BrokerProcess(abc.ABC):
     Brokers differ: what one can do is told by :attr:`versions`, :attr:`keeps_sessions`, :attr:`shares` and
     :attr:`checks_client_certs` of its class, so that a set of tests can run over all of them.
 
-    Args:
-        tls: the listener speaks TLS with these files; None is plain TCP.
-        users: user name → password of those who are let in; None lets everybody in. The names must not be empty, nor
-            contain a colon or a control character.
+    :param tls: the listener speaks TLS with these files; None is plain TCP.
+    :param users: user name → password of those who are let in; None lets everybody in. The names must not be empty, nor
+        contain a colon or a control character.
     """
 
     name: ClassVar[str]

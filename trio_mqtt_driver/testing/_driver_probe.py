@@ -34,9 +34,8 @@ class DriverProbe:
     A wait that is in vain raises ``AssertionError`` with the driver's status in words, its latest events, and the
     last packets of ``broker``. Cancelling a wait has no effect.
 
-    Args:
-        driver: any driver that has been entered.
-        broker: the memory broker that it talks to, for its packets; None if there is none.
+    :param driver: any driver that has been entered.
+    :param broker: the memory broker that it talks to, for its packets; None if there is none.
     """
 
     def __init__(self, driver: MQTTDriver, broker: MemoryBroker | None = None) -> None:

@@ -43,23 +43,22 @@ class MemoryBroker:
     ``shared_available``, ``server_keep_alive`` and ``session_expiry_maximum`` (seconds), ``response_information`` and
     ``server_reference`` (told with the reason codes 0x9C and 0x9D, in DISCONNECT too).
 
-    Args:
-        nursery: where the connections are served.
-        versions: protocol versions that are accepted: 4 is MQTT 3.1.1. Others are refused in CONNACK.
-        users: user name → password; None lets everybody in.
-        authenticate: enhanced authentication [MQTT-4.12]: a generator function of the method and the client's first
-            data; it yields challenges, is sent the client's answers, returns the final data (or None) and refuses by
-            raising :class:`AuthenticationRefusedError`. Clients without a method are then refused.
-        acl: a function that is shown every :class:`Access` and says whether it is allowed; None allows all. What a
-            client may not publish, its will included, is forgotten: with QoS 1 and 2 MQTT 5 gets reason code 0x87,
-            and 3.1.1, which has none, an ordinary acknowledgement. A subscription is refused with 0x87 or 0x80.
-        overlapping: ``"once"`` sends a client one copy of a message that matches several of its subscriptions,
-            ``"copies"`` one for each; MQTT allows both.
-        use_topic_aliases: send Topic Aliases to clients that announce a Topic Alias Maximum. ``sent`` then shows
-            what goes over the wire: an empty topic.
-        queue_limit: QoS 1 and 2 messages that wait for one client; more are dropped and counted.
-        buffer_bytes: bytes that wait to be sent to one client; QoS 0 messages beyond are dropped and counted.
-        history: how many packets, messages and CONNECTs are remembered.
+    :param nursery: where the connections are served.
+    :param versions: protocol versions that are accepted: 4 is MQTT 3.1.1. Others are refused in CONNACK.
+    :param users: user name → password; None lets everybody in.
+    :param authenticate: enhanced authentication [MQTT-4.12]: a generator function of the method and the client's first
+        data; it yields challenges, is sent the client's answers, returns the final data (or None) and refuses by
+        raising :class:`AuthenticationRefusedError`. Clients without a method are then refused.
+    :param acl: a function that is shown every :class:`Access` and says whether it is allowed; None allows all. What a
+        client may not publish, its will included, is forgotten: with QoS 1 and 2 MQTT 5 gets reason code 0x87,
+        and 3.1.1, which has none, an ordinary acknowledgement. A subscription is refused with 0x87 or 0x80.
+    :param overlapping: ``"once"`` sends a client one copy of a message that matches several of its subscriptions,
+        ``"copies"`` one for each; MQTT allows both.
+    :param use_topic_aliases: send Topic Aliases to clients that announce a Topic Alias Maximum. ``sent`` then shows
+        what goes over the wire: an empty topic.
+    :param queue_limit: QoS 1 and 2 messages that wait for one client; more are dropped and counted.
+    :param buffer_bytes: bytes that wait to be sent to one client; QoS 0 messages beyond are dropped and counted.
+    :param history: how many packets, messages and CONNECTs are remembered.
     """
 
     def __init__(
