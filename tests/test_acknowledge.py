@@ -337,3 +337,59 @@ async def test_a_dead_letter_is_acknowledged_by_itself_or_refused_by_its_handler
         await settled()
         assert answers(broker) == [(Kind.PUBACK, 0), (Kind.PUBACK, 0x99)]
         assert subscription.statistics().refused == 1
+
+
+# -- a refusal, while others are done with ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("qos, kind", KINDS)
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_a_refusal_while_messages_behind_it_are_processed_and_not_acknowledged(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, protocol: str, qos: int, kind: Kind, more: int
+) -> None:
+    """Their acknowledgements are asked for together with its own, and it must not be taken for one of them."""
+    kept: list[Message[bytes]] = []
+
+    def refuse(message: Message[bytes]) -> None:
+        if message.topic == "x/refuse":
+            assert kept[0].refuse(ReasonCode.QUOTA_EXCEEDED)
+
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("a", kept.append, qos=qos, acknowledge=Acknowledge.MANUAL)
+        await driver.subscribe("x/#", refuse, qos=1)
+        broker.publish("a", qos=qos)
+        await settled()
+        broker.publish("x/b", qos=1)
+        broker.publish("x/refuse")  # of the same read
+        for _ in range(more):
+            broker.publish("x/c", qos=1)
+        await trio.sleep(1)
+        assert driver.status().unacknowledged == 0
+        assert driver.status().counters["handler_errors"] == 0
+        assert driver.generation == 1
+    code = ReasonCode.QUOTA_EXCEEDED if protocol == "5" else 0
+    assert answers(broker) == [(kind, code), *[(Kind.PUBACK, 0)] * (1 + more)]
+    assert not broker.violations
+
+
+@pytest.mark.parametrize("qos, kind", KINDS)
+async def test_a_refusal_by_one_of_two_while_a_message_behind_it_is_processed(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, qos: int, kind: Kind
+) -> None:
+    """The other one's handler ends later, and with it the message is done with, in a task of the driver's."""
+    go = trio.Event()
+
+    async def wait(_message: Message[bytes]) -> None:
+        await go.wait()
+
+    async with MQTTDriver(memory_config(broker)) as driver:
+        await driver.subscribe("a", lambda message: message.refuse(ReasonCode.QUOTA_EXCEEDED), qos=qos)
+        await driver.subscribe("+", wait, qos=qos)
+        await driver.subscribe("x/b", lambda _: go.set(), qos=1)
+        broker.publish("a", qos=qos)
+        await settled()
+        broker.publish("x/b", qos=1)
+        await trio.sleep(1)
+        assert driver.state is State.LIVE
+    assert answers(broker) == [(kind, ReasonCode.QUOTA_EXCEEDED), (Kind.PUBACK, 0)]

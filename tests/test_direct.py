@@ -223,10 +223,12 @@ class Bench:
         self.counters = Counters()
         self.flushes: list[tuple[int, bool]] = []
         self.more: list[bytes] = []
+        self.on_flushed: Callable[[], object] = lambda: None
         self.writer = Writer(stream, self.counters, self._flushed)
 
     def _flushed(self) -> None:
         self.flushes.append((self.writer.waiting, trio.lowlevel.currently_ki_protected()))
+        self.on_flushed()
         if self.more:
             self.publish(self.more.pop(0))
 
@@ -438,8 +440,12 @@ async def test_what_is_large_is_left_to_the_task(mock_clock: MockClock, nursery:
         assert bench.writer.waiting == 0
 
 
-async def test_a_flush_that_has_more_sent_does_not_nest(mock_clock: MockClock, nursery: trio.Nursery) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.002], ids=["quick", "slow"])
+async def test_a_flush_that_has_more_sent_does_not_nest(
+    mock_clock: MockClock, nursery: trio.Nursery, seconds: float
+) -> None:
     async with benches(nursery) as bench:
+        bench.on_flushed = lambda: mock_clock.jump(seconds)  # each write takes so long
         bench.more = [b"%04d" % number for number in range(2000)]  # more than Python lets calls nest
         bench.publish(b"one")
         assert bench.arrived() == b"one"

@@ -11,7 +11,8 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.drains import KINDS, Maker, Worker, answered, left_behind, sent
-from trio_mqtt_driver import Availability, Message, MQTTDriver, Overflow, PayloadError, State
+from tests.peers import memory_config
+from trio_mqtt_driver import Acknowledge, Availability, Message, MQTTDriver, Overflow, PayloadError, State
 from trio_mqtt_driver.testing import Kind, MemoryBroker
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -380,6 +381,25 @@ async def test_what_is_dropped_does_not_stop_the_reader(
         await settled()
     assert trio.current_time() == 1
     assert left_behind(driver) == []
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_a_reader_that_is_paused_does_not_hold_up_the_end(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: str
+) -> None:
+    """The acknowledgement of what was published lies behind messages that nobody acknowledges."""
+    config = memory_config(
+        broker, protocol=protocol, receive_maximum=5 if protocol == "3.1.1" else 100, receive_bytes=1024
+    )
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("in", lambda _: None, qos=1, acknowledge=Acknowledge.MANUAL)
+        for _ in range(10):
+            broker.publish("in", bytes(200), qos=1)
+        await trio.sleep(1)
+        receipt = driver.publish_nowait("out", qos=1)
+    assert trio.current_time() == 1
+    assert receipt.done
+    assert driver.undelivered == ()
 
 
 # -- without an end ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from trio.testing import MockClock
 from tests.goodbye import check_goodbye, config_for, count_tasks
 from trio_mqtt_driver import (
     DriverClosedError,
+    DriverConfig,
+    Endpoint,
     Message,
     MessageLostError,
     MQTTDriver,
@@ -24,9 +26,6 @@ from trio_mqtt_driver import (
     State,
 )
 from trio_mqtt_driver.testing import Disconnect, Kind, MemoryBroker
-
-if sys.version_info < (3, 11):
-    pass
 
 settled = trio.testing.wait_all_tasks_blocked
 
@@ -131,6 +130,31 @@ async def test_a_dead_broker_does_not_hold_up_the_end(
             assert how == "error"
     assert scope.cancelled_caught is (how == "cancelled")
     assert trio.current_time() == 1 + 4 + 3
+
+
+@pytest.mark.parametrize("how", ["normal", "error", "cancelled"])
+async def test_a_half_open_socket_is_left_like_any_other_link(
+    nursery: trio.Nursery, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Over a real one, which is closed without a turn of the scheduler: the loops end in a group of ``Cancelled``."""
+    broker = MemoryBroker(nursery)
+    endpoint = Endpoint(host="127.0.0.1", port=await broker.listen())
+    config = DriverConfig(endpoint=endpoint, client_id="dut", drain_timeout=0.1, disconnect_timeout=0.1)
+    with trio.CancelScope() as scope:
+        try:
+            async with MQTTDriver(config) as driver:
+                broker.silence(deaf=True)
+                driver.publish_nowait("a", qos=1)
+                if how == "error":
+                    raise ValueError
+                if how == "cancelled":
+                    scope.cancel()
+                await trio.lowlevel.checkpoint()
+        except ValueError:
+            assert how == "error"
+    assert scope.cancelled_caught is (how == "cancelled")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("kind", [Kind.PUBACK, Kind.SUBACK])

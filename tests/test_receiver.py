@@ -124,3 +124,37 @@ async def test_of_a_row_that_is_of_both_kinds_only_qos_1_is_kept_account_of(benc
     assert len(bench.receiver) == 2
     assert bench.receiver._window._bytes == 10
     assert list(bench.receiver._window._line.messages) == [row[1], row[3]]
+
+
+@pytest.mark.parametrize("by", ["itself", "a handler's turn"])
+async def test_a_writer_that_is_stuck_does_not_keep_reading_paused(
+    bench: Bench, nursery: trio.Nursery, by: str
+) -> None:
+    """A broker that waits until we read what it sends need not read itself."""
+    bench.receiver._window.most = 1
+    messages = [bench.take(1, number) for number in (1, 2)]
+    bench.writer.idle = False  # and nobody runs it
+    with trio.fail_after(1):
+        async with trio.open_nursery() as waiting:
+            waiting.start_soon(bench.receiver.wait_room)
+            await trio.testing.wait_all_tasks_blocked()
+            assert bench.receiver.full
+            if by == "itself":
+                messages[0].ack()
+            else:
+                messages[0]._open = 0
+                bench.receiver.note(messages[0])
+                bench.receiver.noted()
+    assert bench.written == encode_ack(PUBACK, 1)
+
+
+async def test_when_nothing_is_taken_any_more_nothing_waits_for_room(bench: Bench) -> None:
+    bench.receiver._window.most = 1
+    kept = [bench.take(1, number) for number in (1, 2)]
+    with trio.fail_after(1):
+        async with trio.open_nursery() as waiting:
+            waiting.start_soon(bench.receiver.wait_room)
+            await trio.testing.wait_all_tasks_blocked()
+            bench.receiver.retire()
+    assert bench.receiver.full
+    assert len(bench.receiver) == len(kept)

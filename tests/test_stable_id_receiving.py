@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
 from tests.stable import acknowledged, connections, stable_config
-from trio_mqtt_driver import DriverConfig, Message, MQTTDriver, State
+from trio_mqtt_driver import DriverConfig, Message, MQTTDriver, Overflow, State
 from trio_mqtt_driver.testing import Ack, Direction, Kind, MemoryBroker, Publish
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -383,3 +385,47 @@ async def test_an_unsubscribe_acknowledges_what_is_queued_of_an_older_connection
         assert desk.payloads == [b"0"]
         assert stale(driver) == 0
     assert not broker.violations
+
+
+# -- a backlog that comes before the answer to the test publish -------------------------------------------------------
+
+
+@pytest.mark.parametrize("probe", ["publish", "ping"])
+@pytest.mark.parametrize(
+    "protocol, overflow, options",
+    [
+        ("5", Overflow.BLOCK, {}),
+        ("3.1.1", Overflow.BLOCK, {}),
+        ("3.1.1", Overflow.DROP_OLDEST, {"receive_maximum": 20}),
+        ("5", Overflow.DROP_OLDEST, {"receive_bytes": 1024}),
+    ],
+    ids=["5-block", "3.1.1-block", "3.1.1-window", "5-bytes"],
+)
+async def test_a_backlog_that_stops_the_reading_does_not_fail_the_test_publish(
+    broker: MemoryBroker,
+    protocol: str,
+    overflow: Overflow,
+    options: dict[str, int],
+    probe: Literal["publish", "ping"],
+    autojump_clock: MockClock,
+) -> None:
+    """Its answer lies behind the backlog, on our side, until the handler has come that far."""
+    got: list[int] = []
+
+    async def slow(message: Message[bytes]) -> None:
+        got.append(int(message.payload[:3]))
+        await trio.sleep(0.5)
+
+    config = stable_config(broker, protocol).evolve(probe=probe, **options)
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("in", slow, qos=1, overflow=overflow, queue_messages=10)
+        await settled()
+        driver.pause()
+        await trio.sleep(10)
+        for number in range(120):
+            broker.publish("in", b"%03d" % number + bytes(1500), qos=1)
+        driver.resume()
+        await trio.sleep(100)
+        assert driver.state is State.LIVE
+        assert driver.status().counters["failures"] == 0
+        assert got == list(range(120))

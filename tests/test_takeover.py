@@ -82,3 +82,30 @@ async def test_who_was_thrown_out_comes_back_with_its_subscriptions(
             await trio.sleep(1)
             assert got == [b"1"]
     assert not broker.violations
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_a_late_connect_of_our_own_is_nobody_else(
+    broker: MemoryBroker, qos: int, autojump_clock: MockClock
+) -> None:
+    """A broker that hung has two CONNECTs of ours before it when it goes on, and may take the later one first."""
+    config = memory_config(broker, client_id="dut", stable_id=True, protocol="5", receive_maximum=5)
+    taken_over = 0
+    for _ in range(30):
+        got: list[bytes] = []
+        async with MQTTDriver(config) as driver:
+            await driver.subscribe("in", lambda message: got.append(message.payload), qos=qos)  # noqa: B023  # awaited in here
+            await trio.sleep(60)
+            with broker.faults.stop_reading():
+                broker.drop("dut")
+                sent = [b"%d" % number for number in range(100)]
+                for payload in sent:
+                    broker.publish("in", payload, qos=qos)
+                await trio.sleep(15)  # the first attempt is given up after connect_timeout, 10 s
+            await trio.sleep(100)
+            taken_over += "taken over" in "".join(str(event.error) for event in driver.status().history)
+        if qos == 2:
+            assert got == sent
+        else:
+            assert list(dict.fromkeys(got)) == sent
+    assert taken_over  # in some of them, as the tasks of the broker came to have their turns

@@ -24,7 +24,7 @@ _REMEMBERED = 1000
 
 
 class CopyDealer:
-    """Deals the copies of a message out: each to whoever of the registrations that it may be for has had the fewest."""
+    """Deals the copies of a message out: each to that of the registrations it may be for which has had the fewest."""
 
     def __init__(self) -> None:
         self._dealt: dict[tuple[str, int], dict[Hashable, int]] = {}

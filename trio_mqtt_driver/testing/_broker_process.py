@@ -77,8 +77,8 @@ class BrokerProcess(abc.ABC):
     :attr:`checks_client_certs` of its class, so that a set of tests can run over all of them.
 
     :param tls: the listener speaks TLS with these files; None is plain TCP.
-    :param users: user name → password of those who are let in; None lets everybody in. The names must not be empty, nor
-        contain a colon or a control character.
+    :param users: user name → password of those who are let in; None lets everybody in. The names must not be empty,
+        nor contain a colon or a control character.
     """
 
     name: ClassVar[str]
