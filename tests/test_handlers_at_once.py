@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextvars
 import functools
 import gc
+import sys
 from collections.abc import Awaitable, Callable
+from types import ModuleType
 from typing import Any, Literal
 
 import attrs
@@ -87,6 +89,20 @@ async def test_of_several_that_come_together_none_is_the_readers(
             broker.publish("b", b"4")
         await settled()
         assert seen == [False] * 10
+
+
+@pytest.mark.parametrize("portal", [False, True])
+async def test_a_plain_function_that_could_wait_is_not_called_by_the_reader(
+    autojump_clock: MockClock, broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch, portal: bool
+) -> None:
+    """As with greenback, where it has a portal to the handler's task."""
+    greenback = ModuleType("greenback")
+    greenback.has_portal = lambda: portal  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "greenback", greenback)
+    async with MQTTDriver(memory_config(broker)) as driver:
+        subscription = await driver.subscribe("a", lambda _: None)
+        await one_by_one(broker, *WARM)
+        assert subscription._handle_now(Message("a", b"1")) is not portal
 
 
 async def test_it_waits_until_the_handler_is_done(autojump_clock: MockClock, broker: MemoryBroker) -> None:

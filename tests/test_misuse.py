@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import AsyncGenerator, Generator
+from typing import Any, cast
 
 import pytest
 import trio
 import trio.testing
 
 from tests.peers import memory_config
-from trio_mqtt_driver import MQTTDriver, OfflinePolicy, Overflow, State
+from trio_mqtt_driver import Message, MQTTDriver, OfflinePolicy, Overflow, State
 from trio_mqtt_driver.testing import MemoryBroker
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -141,3 +142,33 @@ async def test_an_options_factory_that_is_not_async_is_named_so(
         assert driver.status().last_error == (
             "OptionsError: options_factory must be an async function, but it returned a DriverConfig"
         )
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ("keepalive", r"MQTTDriver\(\) got an unexpected keyword argument 'keepalive'; did you mean 'keep_alive'\?"),
+        ("nonsense", r"MQTTDriver\(\) got an unexpected keyword argument 'nonsense'$"),
+    ],
+)
+def test_an_unknown_option_is_named_with_what_it_may_have_been(wrong: str, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        options: dict[str, Any] = {wrong: 3}
+        MQTTDriver("mqtt://127.0.0.1", **options)
+
+
+async def test_a_handler_that_would_run_nothing_is_refused(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker
+) -> None:
+    async def asynchronous(_message: Message[bytes]) -> AsyncGenerator[None, None]:
+        yield
+
+    def plain(_message: Message[bytes]) -> Generator[None, None, None]:
+        yield
+
+    async with MQTTDriver(memory_config(broker)) as driver:
+        for handler in (asynchronous, plain):
+            with pytest.raises(TypeError, match="handler has a 'yield' in it"):
+                await driver.subscribe("a", handler)
+        with pytest.raises(TypeError, match="handler must be callable, not str"):
+            await driver.subscribe("a", cast("Any", "handler"))

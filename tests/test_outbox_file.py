@@ -132,6 +132,11 @@ def test_a_file_that_is_no_sound_outbox_is_refused_and_stays_as_it_is(kind: str,
     assert contents(tmp_path) == before
 
 
+def test_a_directory_that_is_not_there_is_what_the_error_names(tmp_path: Path) -> None:
+    with pytest.raises(OutboxFileError, match=r"No such file or directory: '[^']*/missing'$"):
+        OutboxFile(tmp_path / "missing" / "outbox.db")
+
+
 def test_not_even_the_log_of_a_refused_file_is_moved_into_it(tmp_path: Path) -> None:
     newer, damaged = tmp_path / "newer.db", tmp_path / "damaged.db"
     fill(newer)

@@ -29,7 +29,7 @@ from trio_mqtt_driver import (
     TLSError,
     TransportError,
 )
-from trio_mqtt_driver._transport import _family_of, lost, open_stream
+from trio_mqtt_driver._transport import _family_of, lost, open_stream, open_stream_by
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -370,6 +370,7 @@ async def test_a_server_without_tls_is_a_tls_error(authority: Authority) -> None
         error = await failure(config(port, scheme="mqtts", tls=TLSConfig(ca_file=authority.file)))
     assert isinstance(error, TLSError)
     assert "TLS handshake" in str(error)
+    assert str(error).endswith("; does this port speak TLS? mqtts:// does, mqtt:// does not")
 
 
 async def test_a_server_that_closes_during_the_handshake_is_a_connect_failure(authority: Authority) -> None:
@@ -381,6 +382,19 @@ async def test_a_server_that_closes_during_the_handshake_is_a_connect_failure(au
         error = await failure(config(port, scheme="mqtts", tls=TLSConfig(ca_file=authority.file)))
     assert isinstance(error, ConnectError | ConnectionLostError)
     assert "TLS handshake" in str(error)
+    assert "does this port speak TLS?" in str(error)
+
+
+async def test_a_server_that_says_nothing_to_a_handshake_was_reached(mock_clock: trio.testing.MockClock) -> None:
+    async def mute(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            mock_clock.jump(10)
+            await trio.sleep_forever()
+
+    async with serving(mute) as port:
+        with pytest.raises(TransportError, match=r"or did not end the TLS handshake, within connect_timeout=10 s"):
+            await open_stream_by(config(port, scheme="mqtts"), trio.current_time() + 10)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +424,13 @@ async def test_tls_material_that_cannot_be_used_fails_before_the_broker_is_bothe
         await trio.testing.wait_all_tasks_blocked()
     assert isinstance(error, kind)
     assert "TLS material" in str(error)
+    assert str(error).endswith(f"; look at {tls.material}")
     assert connections == []
+
+
+def test_of_the_tls_material_what_is_given_is_named() -> None:
+    tls = TLSConfig(ca_file="/ca.pem", ca_data="SECRET", cert_file="/cert.pem", key_password="SECRET")
+    assert tls.material == "ca_file=/ca.pem, ca_data, cert_file=/cert.pem"
 
 
 @pytest.mark.parametrize("name", [".broker", "a" * 70 + ".", "ü" * 70])

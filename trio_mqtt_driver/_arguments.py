@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import trio
 
@@ -52,7 +54,8 @@ class SubscribeArguments(TypedDict, total=False):
     """The options that ``subscribe()`` and ``subscription()`` take as keywords.
 
     ``queue_messages`` and ``queue_bytes`` bound the queue between network and handler (default: those of
-    ``DriverConfig``), and ``overflow`` says what happens when it is full. ``acknowledge`` says when a message of QoS 1
+    ``DriverConfig``), and ``overflow`` says what happens when it is full: to messages of QoS 0 in most cases, see
+    `Overflow`, and after each read of up to 64 KiB. ``acknowledge`` says when a message of QoS 1
     or 2 is acknowledged. ``on_dead_letter(message, error)`` gets payloads that do not fit
     the message class; without it they are logged. The others are those of `SubscriptionOptions`.
     """
@@ -63,8 +66,8 @@ class SubscribeArguments(TypedDict, total=False):
     retain_handling: RetainHandling
     identifier: int | None
     user_properties: UserProperties
-    acknowledge: Acknowledge
-    overflow: Overflow
+    acknowledge: Acknowledge | Literal["processed", "received", "manual"]
+    overflow: Overflow | Literal["drop_oldest", "drop_newest", "latest", "block"]
     queue_messages: int | None
     queue_bytes: int | None
     on_dead_letter: DeadLetterHandler | None
@@ -73,6 +76,7 @@ class SubscribeArguments(TypedDict, total=False):
 def make_config(config: DriverConfig | str, options: dict[str, Any]) -> DriverConfig:
     """The config that a driver is made with: as it is, or of a URL. Raises ``ValueError`` or ``TypeError``."""
     if isinstance(config, str):
+        check_names("MQTTDriver", options, DriverConfig)
         return DriverConfig.from_url(config, **options)
     if not isinstance(config, DriverConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"config must be a DriverConfig or a URL, not {type(config).__name__}")
@@ -177,7 +181,19 @@ def check_names(call: str, given: Mapping[str, Any], known: type) -> None:
     """``TypeError`` for a keyword that is none of ``known``, as for any other call."""
     for name in given:
         if name not in known.__annotations__:
-            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
+            close = difflib.get_close_matches(name, known.__annotations__, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def check_handler(handler: object) -> None:
+    """``TypeError`` for what cannot be called, and for a generator function: a call of it runs nothing."""
+    if not callable(handler):
+        raise TypeError(f"handler must be callable, not {type(handler).__name__}")
+    if inspect.isasyncgenfunction(handler) or inspect.isgeneratorfunction(handler):
+        raise TypeError(
+            "handler has a 'yield' in it: a call of it would run nothing; write a plain or an async function"
+        )
 
 
 def check_states(states: tuple[State, ...]) -> frozenset[State]:

@@ -321,7 +321,7 @@ class Dispatcher:
         """The driver ends: what was not processed is lost."""
         for subscription in list(self._open):
             self._open.discard(subscription)
-            subscription._abandon()
+            subscription._queue.abandon()  # no connection is left to acknowledge it on
             subscription._close()
 
     # -- handlers -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import trio
 from ._arguments import (
     PublishArguments,
     SubscribeArguments,
+    check_handler,
     check_states,
     make_config,
     make_outgoing,
@@ -306,8 +307,7 @@ class MQTTDriver:
         Raises ``ValueError`` or ``TypeError`` for bad arguments, ``SubscribeError``, ``ServerLimitError`` and
         ``DriverClosedError``.
         """
-        if not callable(handler):
-            raise TypeError(f"handler must be callable, not {type(handler).__name__}")
+        check_handler(handler)
         return await self._subscribe(topic_filter, handler, message_class, options)
 
     @overload

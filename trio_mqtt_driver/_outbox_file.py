@@ -130,6 +130,7 @@ class OutboxFile:
         with _explained(path):
             self.path: Final = Path(path).resolve()  # as SQLite does: its -wal file is beside the real one
             if not self.path.exists():
+                self.path.parent.stat()  # if there is none, that is what the error should name
                 _create(self.path)
             with closing(_look(self.path)) as database:
                 _check(database, self.path)

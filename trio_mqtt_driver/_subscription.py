@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -239,10 +240,6 @@ class Subscription(Generic[T]):
             self._take_out()._done()
         self._changed(self)
 
-    def _abandon(self) -> None:
-        """Drop what is queued: nobody will process it, and no connection is left to acknowledge it on."""
-        self._queue.abandon()
-
     # -- the emptying end ---------------------------------------------------------------------------------------------
 
     async def receive(self) -> Message[T]:
@@ -295,7 +292,9 @@ class Subscription(Generic[T]):
 
         ``receive`` says how; left out of it is, until the turn is over, what nearly all messages do not need.
         """
-        if not (self._on_receipt or self._manual):
+        # With greenback a plain function can wait, and the reader must not.
+        greenback = sys.modules.get("greenback")
+        if not (self._on_receipt or self._manual or (greenback is not None and greenback.has_portal())):
             self._context = trio.lowlevel.current_task().context
         queue = self._queue
         waiting = queue.messages

@@ -48,6 +48,13 @@ class TLSConfig:
         if self.cert_file is None and (self.key_file is not None or self.key_password is not None):
             raise ValueError("tls: key_file and key_password need a cert_file")
 
+    @property
+    def material(self) -> str:
+        """What of the material is given, for error messages."""
+        names = ("ca_file", "ca_path", "ca_data", "cert_file", "key_file", "alpn_protocols")
+        given = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return ", ".join(name if name == "ca_data" else f"{name}={value}" for name, value in given.items())
+
     def make_context(self) -> ssl.SSLContext:
         """A new context. Reads files, so it blocks: call it in a worker thread.
 

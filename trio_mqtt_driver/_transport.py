@@ -21,6 +21,9 @@ if sys.version_info < (3, 11):
 
 _WRONG_HOST = (62, 64)
 """OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH, which Python's ``ssl`` does not name."""
+_NOT_UNDERSTOOD = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_EOF_WHILE_READING")
+"""OpenSSL's reasons when the other side does not speak TLS; the second one is that of OpenSSL 3.2."""
+_NO_TLS = "; does this port speak TLS? mqtts:// does, mqtt:// does not"
 
 
 async def open_stream(config: DriverConfig, elsewhere: random.Random | None = None) -> trio.abc.Stream:
@@ -53,7 +56,7 @@ async def open_stream(config: DriverConfig, elsewhere: random.Random | None = No
         await secure.do_handshake()
     except (trio.BrokenResourceError, OSError, ValueError) as exc:  # ValueError: no name that SNI can carry
         await trio.aclose_forcefully(stream)
-        raise lost(exc, f"TLS handshake with {endpoint}", config.tls) from exc
+        raise lost(exc, f"TLS handshake with {endpoint}", config.tls, _NO_TLS) from exc
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
@@ -66,7 +69,12 @@ async def open_stream_by(
     """The same until ``deadline`` on Trio's clock."""
     with trio.move_on_at(deadline):
         return await open_stream(config, elsewhere)
-    raise TransportError(f"{config.endpoint} could not be reached within connect_timeout={config.connect_timeout:g} s")
+    what = (
+        "could not be reached, or did not end the TLS handshake,"
+        if config.endpoint.scheme == "mqtts"
+        else "could not be reached"
+    )
+    raise TransportError(f"{config.endpoint} {what} within connect_timeout={config.connect_timeout:g} s")
 
 
 async def _open_tcp(config: DriverConfig, elsewhere: random.Random | None) -> trio.SocketStream:
@@ -120,13 +128,15 @@ async def _make_context(tls: TLSConfig) -> ssl.SSLContext:
     try:
         return await trio.to_thread.run_sync(tls.make_context)
     except ssl.SSLError as exc:
-        raise TLSError(f"TLS material: {_words(exc)}; look at the files of {tls!r}") from exc
+        raise TLSError(f"TLS material: {_words(exc)}; look at {tls.material}") from exc
     except (OSError, ValueError, TypeError) as exc:  # the latter two: a path with a NUL, a PEM text that is not ASCII
-        raise OptionsError(f"TLS material cannot be read: {exc}; look at the files of {tls!r}") from exc
+        raise OptionsError(f"TLS material cannot be read: {exc}; look at {tls.material}") from exc
 
 
-def lost(exc: BaseException, doing: str, tls: TLSConfig | None = None) -> MQTTDriverError:
+def lost(exc: BaseException, doing: str, tls: TLSConfig | None = None, advice: str = "") -> MQTTDriverError:
     """The error for what Trio's stream raised while ``doing`` something on it; ``tls`` decides what is terminal.
+
+    ``advice`` is for a peer that ends the connection, or says what is not TLS.
 
     An ``ssl.SSLError`` hides behind ``BrokenResourceError``, and is itself an ``OSError``: it is looked for first.
     """
@@ -135,11 +145,12 @@ def lost(exc: BaseException, doing: str, tls: TLSConfig | None = None) -> MQTTDr
         if isinstance(cause, ssl.SSLError):
             if getattr(cause, "verify_code", None) in _WRONG_HOST:
                 return _wrong_host(cause, doing, "retry" if tls is None else tls.wrong_host)
-            return TLSError(f"{doing}: {_words(cause)}")
+            words = _words(cause)
+            return TLSError(f"{doing}: {words}{advice if words in _NOT_UNDERSTOOD else ''}")
         cause = cause.__cause__
     if isinstance(exc, Exception) and not isinstance(exc, trio.BrokenResourceError | trio.ClosedResourceError):
         return TransportError(f"{doing}: {_words(exc)}")
-    return ConnectionLostError(f"{doing}: {_words(exc.__cause__ or exc)}")
+    return ConnectionLostError(f"{doing}: {_words(exc.__cause__ or exc)}{advice}")
 
 
 def _wrong_host(exc: ssl.SSLError, doing: str, decision: str) -> TLSError:
