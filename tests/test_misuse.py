@@ -152,8 +152,8 @@ async def test_an_options_factory_that_is_not_async_is_named_so(
     ],
 )
 def test_an_unknown_option_is_named_with_what_it_may_have_been(wrong: str, words: str) -> None:
+    options: dict[str, Any] = {wrong: 3}
     with pytest.raises(TypeError, match=words):
-        options: dict[str, Any] = {wrong: 3}
         MQTTDriver("mqtt://127.0.0.1", **options)
 
 

@@ -42,7 +42,9 @@ async def test_two_drivers_with_one_id_come_down_to_an_attempt_per_pause(
                 assert 30 <= status.counters["attempts"] - attempts <= HOUR / seconds_per_attempt + 2
                 assert status.last_error == words
             events = [*one.status().history, *other.status().history]
-            assert any(event.kind == State.PAUSED.value and words in event.text for event in events)
+            pauses = [event.text for event in events if event.kind == State.PAUSED.value]
+            assert any(words in text for text in pauses)
+            assert all(text.endswith("; is there another client with the ID 'both'?") for text in pauses)
         with trio.fail_after(60):
             await one.wait_live()
         await trio.sleep(61)

@@ -59,6 +59,8 @@ class Receiver:
             patience=config.ack_patience,
         )
         self._acknowledged = trio.Event()
+        self._awaited = False
+        """Whether somebody waits for room."""
         self._retired = False
         self._overran = False
         self.ended = False
@@ -136,9 +138,13 @@ class Receiver:
         """Return when it is not ``full``, or no message is taken any more. Not counting what waits for PUBREL: that
         could not be read meanwhile."""
         self.collect()
-        while self._window.full and not self._retired:
-            self._acknowledged = trio.Event()
-            await self._acknowledged.wait()
+        try:
+            while self._window.full and not self._retired:
+                self._awaited = True
+                self._acknowledged = trio.Event()
+                await self._acknowledged.wait()
+        finally:
+            self._awaited = False
 
     def retire(self) -> None:
         """What comes from now on is dropped, so nothing has to wait for room: least of all the answers behind it."""
@@ -179,12 +185,12 @@ class Receiver:
     def noted(self) -> None:
         """Have the writer send what was noted.
 
-        It may be stuck in a write: a broker that waits until we read need not read itself. So if reading may have
-        paused because of these, they are taken out of the window here.
+        It may be stuck in a write: a broker that waits until we read need not read itself. So if reading waits for
+        these, they are taken out of the window here.
         """
         if self._writer.idle:
             self._writer.rouse()
-        elif self._window.full:
+        elif self._awaited:
             self.collect()
 
     def collect(self) -> None:

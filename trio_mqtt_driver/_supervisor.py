@@ -357,15 +357,21 @@ class Supervisor:
     def _enter_back_off(self, what: str, delay: Delay, error: MQTTDriverError) -> None:
         said = f"{type(error).__name__}: {error}"
         if delay.paused:
+            twins = f"; is there another client with the ID {self.config.client_id!r}?" if self._may_have_twin else ""
             self._to(
                 State.PAUSED,
                 f"reconnect paused after {self._backoff.failures} failures without a stable link, last error: {said}, "
-                f"next trial in {round(delay.seconds, 1):g} s",
+                f"next trial in {round(delay.seconds, 1):g} s{twins}",
                 error,
             )
         else:
             when = f"in {delay.seconds:.1f} s" if delay.seconds else "at once"
             self._to(State.BACKING_OFF, f"{what}: {said}; next attempt {when}", error)
+
+    @property
+    def _may_have_twin(self) -> bool:
+        """Two clients with one ID end each other's connections, and most brokers don't say so."""
+        return self.config.stable_id and self.state is State.LIVE
 
     # -- from outside -------------------------------------------------------------------------------------------------
 
