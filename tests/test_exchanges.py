@@ -120,3 +120,25 @@ def test_a_session_that_ends_with_its_connection_remembers_nothing() -> None:
     complete(lasting)
     reconnect(lasting)
     assert not is_new(lasting, incoming(dup=True))
+
+
+@pytest.mark.parametrize("dup", [True, False])
+def test_one_that_was_refused_is_known_on_the_next_connection_with_its_code(dup: bool) -> None:
+    """The refusal may have been lost with the link; without DUP it is another message."""
+    exchanges = Exchanges()
+    assert is_new(exchanges, incoming())
+    exchanges.refuse(1, 0x97)
+    exchanges.connect()
+    found = exchanges.find(incoming(dup=dup), here=False)
+    if dup:
+        assert found is not None
+        assert (found.message, found.code) == (None, 0x97)
+    else:
+        assert found is None
+
+
+def test_one_that_was_refused_is_over_on_the_connection_that_refused_it() -> None:
+    exchanges = Exchanges()
+    assert is_new(exchanges, incoming())
+    exchanges.refuse(1, 0x97)
+    assert is_new(exchanges, incoming(dup=True))

@@ -10,7 +10,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.stable import acknowledged, connections, stable_config
-from trio_mqtt_driver import DriverConfig, Message, MQTTDriver, Overflow, State
+from trio_mqtt_driver import Acknowledge, DriverConfig, Message, MQTTDriver, Overflow, ReasonCode, State
 from trio_mqtt_driver.testing import Ack, Direction, Kind, MemoryBroker, Publish
 
 settled = trio.testing.wait_all_tasks_blocked
@@ -429,3 +429,32 @@ async def test_a_backlog_that_stops_the_reading_does_not_fail_the_test_publish(
         assert driver.state is State.LIVE
         assert driver.status().counters["failures"] == 0
         assert got == list(range(120))
+
+
+async def test_a_refusal_that_is_lost_with_the_link_is_said_again(
+    broker: MemoryBroker, autojump_clock: MockClock
+) -> None:
+    got: list[Message[bytes]] = []
+    async with MQTTDriver(stable_config(broker, "5")) as driver:
+        await driver.subscribe("in", got.append, qos=2, acknowledge=Acknowledge.MANUAL)
+        await settled()
+        broker.publish("in", b"unwanted", qos=2)
+        await settled()
+        with broker.faults.stop_reading():
+            assert got[0].refuse(ReasonCode.QUOTA_EXCEEDED)
+            await settled()
+            broker.drop()
+        await trio.sleep(60)
+        assert driver.state is State.LIVE
+        assert driver.generation == 2
+        assert [message.payload for message in got] == [b"unwanted"]
+        codes = [
+            packet.reason_code
+            for _, packet in broker.received
+            if isinstance(packet, Ack) and packet.kind is Kind.PUBREC
+        ]
+        assert codes == [ReasonCode.QUOTA_EXCEEDED]
+        broker.publish("in", b"wanted", qos=2)
+        await settled()
+        assert [message.payload for message in got] == [b"unwanted", b"wanted"]
+    assert not broker.violations

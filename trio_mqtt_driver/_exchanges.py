@@ -8,7 +8,8 @@ of the message which we know, or is that of one which we have done with:
   has sent PUBREL, and begin again with the PUBLISH. To take that for a new message would deliver it twice.
 
 So what the message says is compared, too, and the last exchanges of a session that can go on are remembered beyond
-their PUBREL: for the second connection after it, and later ones.
+their PUBREL: for the second connection after it, and later ones. Those that we refused are for the next one, too: there
+is no PUBREL, and if the refusal was lost with the link, the broker repeats the PUBLISH.
 
 Hazard: a broker may use an identifier again soon, and for a message that says the same as the one before; if its first
 transmission is lost with the link, the second one looks like a repetition. A broker that does so is found out by a
@@ -46,8 +47,9 @@ class Exchanges:
 
     def __init__(self, *, resumable: bool = True) -> None:
         self.open: dict[int, Received] = {}
-        self._released: dict[int, tuple[int, int]] = {}
-        """What the last ones said, and on which connection PUBREL came, the oldest first. No identifier is in both."""
+        self._ended: dict[int, tuple[int, int, int]] = {}
+        """What the last ones said, on which connection they ended, and with which code, the oldest first. No
+        identifier is in both."""
         self._resumable = self._remembers = resumable
         self._connections = 0
 
@@ -66,26 +68,33 @@ class Exchanges:
             if here or (message.dup and found.content == content):
                 return found
         elif message.dup:
-            said, connection = self._released.pop(packet_id, (None, 0))
-            if said == content and self._connections > connection + 1:
-                found = self.open[packet_id] = Received(None, content)
+            said, connection, code = self._ended.pop(packet_id, (None, 0, 0))
+            if said == content and self._connections > connection + (0 if code else 1):
+                found = self.open[packet_id] = Received(None, content, code)
                 return found
-        elif packet_id in self._released:
+        elif packet_id in self._ended:
             self._remembers = False
-            self._released.clear()
+            self._ended.clear()
         self.open[packet_id] = Received(message, content)
         return None
 
     def release(self, packet_id: int) -> None:
         """PUBREL came."""
+        self._end(packet_id, 0)
+
+    def refuse(self, packet_id: int, code: int) -> None:
+        """PUBREC refuses it, and no PUBREL comes [MQTT-4.3.3]."""
+        self._end(packet_id, code)
+
+    def _end(self, packet_id: int, code: int) -> None:
         content = self.open.pop(packet_id).content
         if self._remembers:
-            self._released[packet_id] = content, self._connections
-            if len(self._released) > _REMEMBERED:
-                del self._released[next(iter(self._released))]
+            self._ended[packet_id] = content, self._connections, code
+            if len(self._ended) > _REMEMBERED:
+                del self._ended[next(iter(self._ended))]
 
     def clear(self) -> None:
         """The broker has forgotten the session."""
         self.open.clear()
-        self._released.clear()
+        self._ended.clear()
         self._remembers = self._resumable

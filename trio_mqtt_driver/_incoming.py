@@ -290,7 +290,7 @@ class IncomingWindow:
         del self._owed[packet_id]
         if message._code:  # A refusal ends the exchange: no PUBREL comes [MQTT-4.3.3].
             self._qos2.discard(packet_id)
-            del self._exchanges.open[packet_id]
+            self._exchanges.refuse(packet_id, message._code)
         return encode_ack(PUBREC, packet_id, message._code)
 
     def release(self, packet_id: int, version: int) -> bytes:
