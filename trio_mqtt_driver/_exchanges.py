@@ -8,8 +8,8 @@ of the message which we know, or is that of one which we have done with:
   has sent PUBREL, and begin again with the PUBLISH. To take that for a new message would deliver it twice.
 
 So what the message says is compared, too, and the last exchanges of a session that can go on are remembered beyond
-their PUBREL: for the second connection after it, and later ones. Those that we refused are for the next one, too: there
-is no PUBREL, and if the refusal was lost with the link, the broker repeats the PUBLISH.
+their PUBREL: for the second connection after it, and later ones. Those that we refused are for the next one, too:
+there is no PUBREL, and if the refusal was lost with the link, the broker repeats the PUBLISH.
 
 Hazard: a broker may use an identifier again soon, and for a message that says the same as the one before; if its first
 transmission is lost with the link, the second one looks like a repetition. A broker that does so is found out by a
