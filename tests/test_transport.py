@@ -431,6 +431,7 @@ async def test_tls_material_that_cannot_be_used_fails_before_the_broker_is_bothe
 def test_of_the_tls_material_what_is_given_is_named() -> None:
     tls = TLSConfig(ca_file="/ca.pem", ca_data="SECRET", cert_file="/cert.pem", key_password="SECRET")
     assert tls.material == "ca_file=/ca.pem, ca_data, cert_file=/cert.pem"
+    assert TLSConfig().material == "the system's certificate authorities"
 
 
 @pytest.mark.parametrize("name", [".broker", "a" * 70 + ".", "ü" * 70])

@@ -53,7 +53,8 @@ class TLSConfig:
         """What of the material is given, for error messages."""
         names = ("ca_file", "ca_path", "ca_data", "cert_file", "key_file", "alpn_protocols")
         given = {name: getattr(self, name) for name in names if getattr(self, name)}
-        return ", ".join(name if name == "ca_data" else f"{name}={value}" for name, value in given.items())
+        words = [name if name == "ca_data" else f"{name}={value}" for name, value in given.items()]
+        return ", ".join(words) or "the system's certificate authorities"
 
     def make_context(self) -> ssl.SSLContext:
         """A new context. Reads files, so it blocks: call it in a worker thread.
