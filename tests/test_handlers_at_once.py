@@ -97,7 +97,7 @@ async def test_a_plain_function_that_could_wait_is_not_called_by_the_reader(
 ) -> None:
     """As with greenback, where it has a portal to the handler's task."""
     greenback = ModuleType("greenback")
-    greenback.has_portal = lambda: portal  # type: ignore[attr-defined]
+    greenback.has_portal = lambda: portal  # type: ignore[attr-defined]  # a module made here has no attributes yet
     monkeypatch.setitem(sys.modules, "greenback", greenback)
     async with MQTTDriver(memory_config(broker)) as driver:
         subscription = await driver.subscribe("a", lambda _: None)
