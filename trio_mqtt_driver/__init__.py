@@ -50,7 +50,7 @@ from ._events import EventStream as EventStream
 from ._history import Event as Event
 from ._outbox_file import Quarantined as Quarantined, quarantined_messages as quarantined_messages
 from ._outgoing import Receipt as Receipt, Undelivered as Undelivered
-from ._registry import SubscriptionOptions as SubscriptionOptions
+from ._registration import SubscriptionOptions as SubscriptionOptions
 from ._state_view import StateView as StateView
 from ._status import Status as Status, SubscriptionStatistics as SubscriptionStatistics
 from ._subscription import Subscription as Subscription

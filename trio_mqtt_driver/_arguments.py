@@ -16,7 +16,7 @@ from ._history import Counters
 from ._outgoing import Outgoing
 from ._properties import check_message_expiry, check_utf8, encode_publish_properties
 from ._queue import MessageQueue
-from ._registry import SubscriptionOptions
+from ._registration import SubscriptionOptions
 from ._subscription import DeadLetterHandler, Handler, Subscription
 from ._topics import check_filter, check_topic, split_share
 from ._types import (

@@ -20,7 +20,8 @@ import trio
 from ._copies import CopyDealer
 from ._errors import DriverClosedError, SubscribeError, UnsubscribeError
 from ._history import Counters
-from ._registry import Leaving, Registration, Registry, SubscriptionOptions
+from ._registration import Leaving, Registration, SubscriptionOptions
+from ._registry import Registry
 from ._subscription import Subscription
 from ._types import Acknowledger, Message, Overflow
 

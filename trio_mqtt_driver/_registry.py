@@ -14,147 +14,29 @@ of one SUBSCRIBE packet per filter, since the identifier belongs to the packet.
 
 from __future__ import annotations
 
-import enum
 import math
-from collections.abc import Iterable, Iterator
-from itertools import compress
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 import attrs
 import trio
 
 from ._errors import DriverClosedError
-from ._subscribing import pack_filter
-from ._topics import FilterTrie, split_share
-from ._types import ReasonCode, RetainHandling
-from ._validators import between, freeze, instance, one_of, pairs
-
-OWN_IDENTIFIERS = 1023
-"""Subscription Identifiers up to this one are the driver's; the application's are above."""
+from ._plan import Plan
+from ._registration import (
+    OWN_IDENTIFIERS,
+    Batch,
+    Leaving,
+    Registration,
+    Standing,
+    SubscriptionOptions,
+    Terms,
+    overhead,
+)
+from ._topics import FilterTrie
+from ._types import ReasonCode, UserProperties
 
 M = TypeVar("M")
-
-
-@attrs.frozen(kw_only=True)
-class SubscriptionOptions:
-    """How to subscribe [MQTT-3.8.3.1]; all but ``qos`` are MQTT 5's and without effect on 3.1.1.
-
-    ``identifier`` (1024 to 268,435,455) comes back in ``message.properties.subscription_identifiers``.
-    """
-
-    qos: int = attrs.field(default=0, validator=one_of(0, 1, 2))
-    no_local: bool = attrs.field(default=False, validator=instance(bool))
-    retain_as_published: bool = attrs.field(default=False, validator=instance(bool))
-    retain_handling: RetainHandling = attrs.field(default=RetainHandling.SEND, validator=one_of(0, 1, 2))
-    identifier: int | None = attrs.field(
-        default=None, validator=attrs.validators.optional(between(OWN_IDENTIFIERS + 1, 268_435_455))
-    )
-    user_properties: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=freeze, validator=pairs)
-
-
-class Standing(enum.Enum):
-    """Where a registration stands with the broker."""
-
-    DUE = "due"
-    SENT = "sent"
-    GRANTED = "granted"
-    REFUSED = "refused"
-
-
-@attrs.define(eq=False)
-class Registration(Generic[M]):
-    """One Topic Filter that the broker shall know."""
-
-    topic_filter: str
-    options: SubscriptionOptions
-    identifier: int | None
-    """The Subscription Identifier: the application's, or that of the registration's class."""
-    members: list[M] = attrs.field(factory=list[M])
-    wishes: dict[M, int] = attrs.field(factory=dict[M, int])
-    """The QoS that each member asked for."""
-    standing: Standing = Standing.DUE
-    reason_code: ReasonCode | None = None
-    """What the last SUBACK said; None before the first."""
-    revision: int = 0
-    renew: bool = False
-    """Whether it is sent on each connection, even if the session goes on: somebody needs the retained messages."""
-    told: int = 0
-    """The session that a SUBSCRIBE for it went to last, as the registry counts them."""
-    answered: int = 0
-    """The highest revision that a SUBACK was for."""
-    generation: int = 0
-    """The one that brought it."""
-    waiter: trio.Event | None = None
-    """For the next change, if somebody waits for it."""
-    # For each of thousands a replay needs these; whatever it does not have to look at is not fetched from memory.
-    packed: bytes = attrs.field(init=False, repr=False)
-    """The filter with its options, as it is in a SUBSCRIBE packet."""
-    user_properties: tuple[tuple[str, str], ...] = attrs.field(init=False, repr=False)
-    """Those of the options."""
-
-    def __attrs_post_init__(self) -> None:
-        self.ask(self.options)
-
-    @property
-    def plain_filter(self) -> str:
-        return split_share(self.topic_filter)[1]
-
-    @property
-    def granted_qos(self) -> int:
-        """The highest QoS that its messages can have, as far as we know; -1 if none come, since it is refused."""
-        if self.reason_code is None:
-            return 2
-        return -1 if self.reason_code.is_failure else int(self.reason_code)
-
-    def ask(self, options: SubscriptionOptions) -> None:
-        """Have it asked for with these options."""
-        self.options = options
-        self.user_properties = options.user_properties
-        self.packed = pack_filter(
-            self.topic_filter,
-            options.qos,
-            no_local=options.no_local,
-            retain_as_published=options.retain_as_published,
-            retain_handling=options.retain_handling,
-        )
-
-    def wake(self) -> None:
-        """Somebody may wait for a change."""
-        waiter, self.waiter = self.waiter, None
-        if waiter is not None:
-            waiter.set()
-
-    async def change(self) -> None:
-        if self.waiter is None:
-            self.waiter = trio.Event()
-        await self.waiter.wait()
-
-
-@attrs.define(eq=False)
-class Leaving:
-    """A Topic Filter that the broker shall forget."""
-
-    topic_filter: str
-    reason_code: ReasonCode | None = None
-    done: trio.Event = attrs.Factory(trio.Event)
-
-
-@attrs.define(eq=False)
-class Batch(Generic[M]):
-    """What one SUBSCRIBE packet carries."""
-
-    registrations: list[Registration[M]]
-    revisions: list[int]
-    identifier: int | None
-    user_properties: tuple[tuple[str, str], ...]
-
-    def part(self, which: list[bool]) -> Batch[M]:
-        """A batch of those for which ``which`` says True."""
-        return attrs.evolve(
-            self,
-            registrations=list(compress(self.registrations, which)),
-            revisions=list(compress(self.revisions, which)),
-        )
 
 
 class Registry(Generic[M]):
@@ -169,6 +51,13 @@ class Registry(Generic[M]):
         self._classes: list[FilterTrie[Registration[M]]] = []
         self._class_of: dict[Registration[M], FilterTrie[Registration[M]]] = {}
         self._session = 1
+        self._plan: Plan[M] = Plan()
+        self._replaying = False
+        """Whether all that is in the plan is due."""
+        self._replayed = 0
+        """The session that the plan went to last."""
+        self._in_flight: set[Batch[M]] = set()
+        """Taken, and not answered."""
         self._work = trio.Event()
         self._closed = False
         self.version = 0
@@ -194,6 +83,14 @@ class Registry(Generic[M]):
         """Those that the broker refuses."""
         refused = Standing.REFUSED
         return [registration for registration in self if registration.standing is refused]
+
+    @property
+    def granted(self) -> int:
+        """How many filters the broker has granted, on this connection or, between two, on the last one."""
+        granted = Standing.GRANTED
+        again = self._plan.count if self._replaying else 0
+        again += sum(len(batch.registrations) for batch in self._in_flight if batch.codes is not None)
+        return sum(1 for registration in self if registration.standing is granted) - again
 
     def add(self, topic_filter: str, options: SubscriptionOptions, member: M) -> tuple[Registration[M], int]:
         """Want a filter. Returns its registration and the revision of it that ``member`` needs.
@@ -256,6 +153,8 @@ class Registry(Generic[M]):
                 self._make_due(registration)
             return None
         registration.wake()  # nobody will answer who still waits
+        if registration.answered:
+            self._forget_plan()
         topic_filter = registration.topic_filter
         del self._wanted[topic_filter]
         self._due.pop(topic_filter, None)
@@ -263,7 +162,8 @@ class Registry(Generic[M]):
         filters = self._class_of.pop(registration, None)
         if filters is not None:
             filters.remove(registration.plain_filter, registration)
-        if registration.told != self._session:
+        # With a plan everything was told that had been answered by then.
+        if registration.told != self._session and not (registration.answered and self._replayed == self._session):
             return None
         leaving = self._leaving.setdefault(topic_filter, Leaving(topic_filter))
         self._work.set()
@@ -281,6 +181,8 @@ class Registry(Generic[M]):
         return number + 1
 
     def _make_due(self, registration: Registration[M]) -> None:
+        if registration.answered:
+            self._forget_plan()
         registration.standing = Standing.DUE
         self._due[registration.topic_filter] = registration
         self._work.set()
@@ -292,30 +194,57 @@ class Registry(Generic[M]):
         for topic_filter in list(self._leaving):
             self.left(topic_filter, ReasonCode.SUCCESS)
         self._session += 1
-        due = Standing.DUE  # here and below: a member of an Enum takes long to look up
-        for registration in self._wanted.values():
-            registration.standing = due
-        self._due.update(self._wanted)
-        if self._due:
-            self._work.set()
+        self._in_flight.clear()
+        self._replay()
 
     def resume(self, *, everything: bool) -> None:
         """The session of before: what it has not answered, and what it refused, is asked for again.
 
         With ``everything`` all the others are, too: it may be another session.
         """
+        unanswered = {registration for batch in self._in_flight for registration in batch.registrations}
+        self._in_flight.clear()
+        if everything:
+            self._replay()
+            return
         for registration in self:
-            if everything or registration.renew or registration.standing in (Standing.SENT, Standing.REFUSED):
+            if registration.renew or registration in unanswered or registration.standing is Standing.REFUSED:
                 self._make_due(registration)
+
+    def _replay(self) -> None:
+        """Everything that is wanted is due."""
+        self._replaying = self._plan.count == len(self._wanted)
+        if not self._replaying:
+            self._plan.forget()
+            self._all_due()
+        if self.due:
+            self._work.set()
+
+    def _all_due(self) -> None:
+        due = Standing.DUE  # here and below: a member of an Enum takes long to look up
+        for registration in self._wanted.values():
+            registration.standing = due
+        self._due.update(self._wanted)
+
+    def _forget_plan(self) -> None:
+        if self._replaying:
+            self._replaying = False
+            self._all_due()
+        self._plan.forget()
+        for batch in self._in_flight:
+            if batch.codes is not None:
+                batch.codes = None
+                for registration in batch.registrations:
+                    registration.standing = Standing.DUE
 
     @property
     def due(self) -> int:
         """How many filters the broker must be told."""
-        return len(self._due)
+        return len(self._due) + (self._plan.count if self._replaying else 0)
 
     async def wait_work(self) -> None:
         """Return when something is due."""
-        while not self._due and not self._leaving:
+        while not self.due and not self._leaving:
             self._work = trio.Event()
             await self._work.wait()
 
@@ -330,8 +259,26 @@ class Registry(Generic[M]):
         leaving.reason_code = code
         leaving.done.set()
 
-    def take_due(self, *, size: int, max_bytes: int | None) -> list[Batch[M]]:
-        """What is due, as SUBSCRIBE packets of at most ``size`` filters and ``max_bytes``."""
+    def take_due(self, terms: Terms) -> list[Batch[M]]:
+        """What is due, as SUBSCRIBE packets on these terms."""
+        if terms != self._plan.terms:
+            self._forget_plan()
+            self._plan.terms = terms
+        batches: list[Batch[M]] = []
+        if self._replaying:
+            self._replaying = False
+            self._replayed = self._session
+            batches = self._plan.take()
+        for (identifier, user_properties), registrations in self._take_groups().items():
+            room = math.inf if terms.max_bytes is None else terms.max_bytes - overhead(user_properties)
+            for some in _split(registrations, terms.size, room):
+                revisions = [registration.revision for registration in some]
+                batches.append(Batch(some, revisions, identifier, user_properties))
+        self._in_flight.update(batches)
+        return batches
+
+    def _take_groups(self) -> dict[tuple[int | None, UserProperties], list[Registration[M]]]:
+        """The registrations that are due, by what a SUBSCRIBE packet has once."""
         due = list(self._due.values())
         if self._leaving:
             # One that left and came back stays due until its UNSUBSCRIBE is answered, which would undo its SUBSCRIBE.
@@ -340,39 +287,57 @@ class Registry(Generic[M]):
                 del self._due[registration.topic_filter]
         else:
             self._due.clear()
-        groups: dict[tuple[int | None, tuple[tuple[str, str], ...]], list[Registration[M]]] = {}
+        groups: dict[tuple[int | None, UserProperties], list[Registration[M]]] = {}
         group: list[Registration[M]] = []
         identifier: int | None = -1  # nobody's
-        user_properties: tuple[tuple[str, str], ...] = ()
-        session, sent = self._session, Standing.SENT
+        user_properties: UserProperties = ()
+        session = self._session
         for registration in due:
-            registration.standing = sent
             registration.told = session
             if registration.identifier != identifier or registration.user_properties is not user_properties:
                 identifier, user_properties = registration.identifier, registration.user_properties
                 group = groups.setdefault((identifier, user_properties), [])
             group.append(registration)
-        batches: list[Batch[M]] = []
-        for (identifier, user_properties), registrations in groups.items():
-            overhead = 16 + sum(8 + len(name.encode()) + len(value.encode()) for name, value in user_properties)
-            room = math.inf if max_bytes is None else max_bytes - overhead
-            for some in _split(registrations, size, room):
-                revisions = [registration.revision for registration in some]
-                batches.append(Batch(some, revisions, identifier, user_properties))
-        return batches
+        return groups
 
-    def answer(self, batch: Batch[M], codes: Iterable[ReasonCode], generation: int) -> None:
+    def answer(self, batch: Batch[M], codes: tuple[ReasonCode, ...], generation: int) -> None:
         """The broker answered for the filters of a batch as they were at its revisions."""
-        sent, granted, refused = Standing.SENT, Standing.GRANTED, Standing.REFUSED
+        self._in_flight.discard(batch)
+        if batch.codes != codes:
+            granted = self._take_answer(batch, codes, generation)
+            batch.codes = codes if granted else None
+        if batch.codes is not None:
+            self._plan.add(batch)
+
+    def _take_answer(self, batch: Batch[M], codes: tuple[ReasonCode, ...], generation: int) -> bool:
+        """Returns whether all are granted as they are wanted now."""
+        as_wanted = True
+        granted, refused = Standing.GRANTED, Standing.REFUSED
         for registration, revision, code in zip(batch.registrations, batch.revisions, codes, strict=True):
             registration.reason_code = code
             if registration.answered < revision:
                 registration.answered = revision
                 registration.generation = generation
-            if registration.revision == revision and registration.standing is sent:
-                registration.standing = refused if code >= 0x80 else granted
+            if registration.revision != revision or not registration.members:
+                as_wanted = False
+            elif code >= 0x80:
+                registration.standing = refused
+                as_wanted = False
+            else:
+                registration.standing = granted
             if registration.waiter is not None:
                 registration.wake()
+        return as_wanted
+
+    def refuse(self, batch: Batch[M], codes: list[ReasonCode | None], generation: int) -> Batch[M]:
+        """The broker has ruled filters of a batch out beforehand, those with a code: returns the others."""
+        self._in_flight.discard(batch)
+        refused = batch.part([code is not None for code in codes])
+        self.answer(refused, tuple([code for code in codes if code is not None]), generation)
+        others = batch.part([code is None for code in codes])
+        if others.registrations:
+            self._in_flight.add(others)
+        return others
 
     # -- for whoever subscribes -------------------------------------------------------------------------------------
 

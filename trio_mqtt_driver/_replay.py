@@ -10,7 +10,8 @@ from ._connection import Connection
 from ._errors import AckTimeoutError
 from ._limits import subscribe_refusal, takes_all
 from ._probe import sends_copies
-from ._registry import Batch, Registry
+from ._registration import Batch, Terms
+from ._registry import Registry
 from ._replies import Reply
 from ._types import ReasonCode
 
@@ -25,11 +26,17 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
     ``subscribe_timeout``; a refusal is an answer like any other. Cancelling may leave requests unanswered, so the
     connection must not be used afterwards.
     """
-    size = connection.config.replay_batch
+    limits = connection.limits
+    terms = Terms(
+        connection.config.replay_batch,
+        limits.maximum_packet_size,
+        shared=limits.shared_available,
+        wildcards=limits.wildcard_available,
+    )
     while True:
         # UNSUBSCRIBE first, and answered: a filter that left and came back must end up subscribed.
         await _unsubscribe(connection, registry)
-        batches = registry.take_due(size=size, max_bytes=connection.limits.maximum_packet_size)
+        batches = registry.take_due(terms)
         if not batches:
             if registry.leaving:
                 continue
@@ -75,12 +82,10 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
     requests: list[tuple[Batch[Any], Reply[tuple[ReasonCode, ...]]]] = []
     unlimited = takes_all(connection.limits)
     for batch in batches:
-        sent = batch if unlimited else _without_refused(connection, registry, batch)
+        # One that was granted on these terms is within them.
+        sent = batch if unlimited or batch.codes is not None else _without_refused(connection, registry, batch)
         if sent.registrations:
-            reply = connection.subscribe(
-                [registration.packed for registration in sent.registrations], sent.identifier, sent.user_properties
-            )
-            requests.append((sent, reply))
+            requests.append((sent, connection.subscribe(sent.filters, sent.identifier, sent.user_properties)))
     for sent, reply in requests:
         registry.answer(sent, await _answer(connection, reply, "SUBSCRIBE"), connection.generation)
 
@@ -91,9 +96,9 @@ def _without_refused(connection: Connection, registry: Registry[Any], batch: Bat
         subscribe_refusal(connection.limits, registration.topic_filter, batch.user_properties)
         for registration in batch.registrations
     ]
-    codes = [code for code in refusals if code is not None]
-    registry.answer(batch.part([code is not None for code in refusals]), codes, connection.generation)
-    return batch.part([code is None for code in refusals])
+    if not any(refusals):
+        return batch
+    return registry.refuse(batch, refusals, connection.generation)
 
 
 async def _answer(connection: Connection, reply: Reply[tuple[ReasonCode, ...]], what: str) -> tuple[ReasonCode, ...]:

@@ -28,7 +28,7 @@ import trio
 from ._errors import DriverClosedError, PayloadError
 from ._history import Counters
 from ._queue import MessageQueue
-from ._registry import Registration, Standing
+from ._registration import Registration, Standing
 from ._status import SubscriptionStatistics
 from ._types import Acknowledge, Acknowledger, Message, ReasonCode
 

@@ -41,7 +41,7 @@ from ._inbox import Inbox
 from ._outbox import Outbox
 from ._outgoing import Outgoing
 from ._probe import probe
-from ._registry import Registry, Standing
+from ._registry import Registry
 from ._replay import synchronise
 from ._states import States
 from ._status import Status
@@ -479,7 +479,7 @@ class Supervisor:
             last_error=self._history.last_error,
             since_last_byte=None if connection is None else now - connection.deadlines.heard_at,
             round_trip=None if connection is None else connection.round_trip,
-            subscriptions=sum(1 for one in self._registry if one.standing is Standing.GRANTED),
+            subscriptions=self._registry.granted,
             degraded=tuple((one.topic_filter, str(one.reason_code)) for one in self._registry.degraded),
             queued=len(self._outbox),
             in_flight=len(self._dialer.session.outgoing),
