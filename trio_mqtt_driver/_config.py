@@ -348,8 +348,8 @@ class DriverConfig:
     """Bound of each subscription's queue, unless the subscription names its own."""
     queue_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 2**40))
     """The same in bytes of payload. One message is let in whatever its size."""
-    replay_batch: int = attrs.field(default=100, validator=between(1, 10_000))
-    """Topic filters per SUBSCRIBE packet."""
+    replay_batch: int = attrs.field(default=500, validator=between(1, 10_000))
+    """Topic filters per SUBSCRIBE packet, at most. Some brokers take fewer and do not say so: AWS IoT Core takes 8."""
     subscription_identifiers: bool = attrs.field(default=True, validator=instance(bool))
     """Let MQTT 5 brokers tell which subscription a message is for, so that overlapping ones never get it twice."""
     on_handler_error: Literal["log", "raise"] = attrs.field(default="log", validator=one_of("log", "raise"))
