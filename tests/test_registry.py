@@ -65,7 +65,9 @@ def answer(
     wanted: Registry[Any], registration: Registration[Any], revision: int, code: ReasonCode = OK, generation: int = 1
 ) -> None:
     """The broker answers for one filter."""
-    wanted.answer(Batch([registration], [revision], registration.identifier, ()), (code,), generation)
+    wanted.answer(
+        Batch([registration], [revision], [registration.packed], registration.identifier, ()), (code,), generation
+    )
 
 
 # -- sharing --------------------------------------------------------------------------------------------------------

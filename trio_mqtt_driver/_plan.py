@@ -4,8 +4,9 @@ As a rule a broker is told after a reconnect what it was told before, and answer
 with their answers, and while nothing changes a replay sends them and compares: no registration is looked at.
 Hazard: a plan must say what is wanted now. In it is only what was granted in its present form; whoever changes or ends
 a registration that may be in it, or has other terms to keep to, forgets all of it. The next replay goes through the
-registrations then, and its answers are the new plan, to which those of later subscriptions are added. It is complete
-when it holds as many as are wanted, since none can be in it twice.
+registrations then, and its answers are the new plan, to which those of later subscriptions are added. It is complete,
+and only then used, when it holds as many as are wanted, since none can be in it twice. One that has been forgotten
+seldom becomes complete before that replay.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Plan(Generic[M]):
 
     def __init__(self) -> None:
         self.terms = Terms(1)
+        """What its packets keep to; each connection says."""
         self.count = 0
         """Registrations in it."""
         self._batches: list[Batch[M]] = []
@@ -52,7 +54,7 @@ class Plan(Generic[M]):
         return True
 
     def take(self) -> list[Batch[M]]:
-        """All of them; what is answered is to be added again."""
+        """All of them, to be sent. Nothing is left here until they are answered and added again."""
         batches = self._batches
         self.forget()
         return batches

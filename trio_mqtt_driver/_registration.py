@@ -38,10 +38,10 @@ class SubscriptionOptions:
 
 
 class Standing(enum.Enum):
-    """Where a registration stands with the broker."""
+    """Where a registration stands with the broker. While it is replayed by a plan, that is where it stood before."""
 
     DUE = "due"
-    """It must be told, or has not answered yet."""
+    """The broker must be told, or has not answered yet."""
     GRANTED = "granted"
     REFUSED = "refused"
 
@@ -64,7 +64,7 @@ class Registration(Generic[M]):
     renew: bool = False
     """Whether it is sent on each connection, even if the session goes on: somebody needs the retained messages."""
     told: int = 0
-    """The session that a SUBSCRIBE for it went to last, as the registry counts them."""
+    """The session that a SUBSCRIBE for it, other than by a plan, went to last, as the registry counts them."""
     answered: int = 0
     """The highest revision that a SUBACK was for."""
     generation: int = 0
@@ -132,8 +132,9 @@ class Terms:
     """The most filters in one."""
     max_bytes: int | None = None
     shared: bool = True
-    """Whether the broker takes shared subscriptions, and below wildcards."""
+    """Whether the broker takes shared subscriptions."""
     wildcards: bool = True
+    """Whether it takes filters with wildcards."""
 
 
 @attrs.define(eq=False)
@@ -142,17 +143,17 @@ class Batch(Generic[M]):
 
     registrations: list[Registration[M]]
     revisions: list[int]
+    filters: list[bytes]
+    """Packed, as they were at these revisions."""
     identifier: int | None
     user_properties: UserProperties
-    filters: list[bytes] = attrs.field(init=False)
-    """Packed, as they were when the batch was made."""
     length: int = attrs.field(init=False)
     """The most bytes that the packet can have."""
     codes: tuple[ReasonCode, ...] | None = attrs.field(default=None, init=False)
-    """All of them granted, in these very forms; None if that is not so, or not known."""
+    """What the broker granted to all of them at these revisions, and is expected to grant again; None if it has not,
+    or if another answer has to be taken in."""
 
     def __attrs_post_init__(self) -> None:
-        self.filters = [registration.packed for registration in self.registrations]
         self.length = overhead(self.user_properties) + sum(map(len, self.filters))
 
     def part(self, which: list[bool]) -> Batch[M]:
@@ -160,6 +161,7 @@ class Batch(Generic[M]):
         return Batch(
             list(compress(self.registrations, which)),
             list(compress(self.revisions, which)),
+            list(compress(self.filters, which)),
             self.identifier,
             self.user_properties,
         )

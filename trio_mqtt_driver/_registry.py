@@ -53,11 +53,13 @@ class Registry(Generic[M]):
         self._session = 1
         self._plan: Plan[M] = Plan()
         self._replaying = False
-        """Whether all that is in the plan is due."""
+        """Whether all that is in the plan is due; then nothing is in flight."""
         self._replayed = 0
         """The session that the plan went to last."""
         self._in_flight: set[Batch[M]] = set()
         """Taken, and not answered."""
+        self._expecting = False
+        """Whether some of those may be the plan's."""
         self._work = trio.Event()
         self._closed = False
         self.version = 0
@@ -81,6 +83,8 @@ class Registry(Generic[M]):
     @property
     def degraded(self) -> list[Registration[M]]:
         """Those that the broker refuses."""
+        if self._plan.count == len(self._wanted):
+            return []
         refused = Standing.REFUSED
         return [registration for registration in self if registration.standing is refused]
 
@@ -162,7 +166,7 @@ class Registry(Generic[M]):
         filters = self._class_of.pop(registration, None)
         if filters is not None:
             filters.remove(registration.plain_filter, registration)
-        # With a plan everything was told that had been answered by then.
+        # Each that had been answered was in the plan that this session was told, if it was (``_replayed``).
         if registration.told != self._session and not (registration.answered and self._replayed == self._session):
             return None
         leaving = self._leaving.setdefault(topic_filter, Leaving(topic_filter))
@@ -231,6 +235,9 @@ class Registry(Generic[M]):
             self._replaying = False
             self._all_due()
         self._plan.forget()
+        if not self._expecting:
+            return
+        self._expecting = False
         for batch in self._in_flight:
             if batch.codes is not None:
                 batch.codes = None
@@ -268,12 +275,14 @@ class Registry(Generic[M]):
         if self._replaying:
             self._replaying = False
             self._replayed = self._session
+            self._expecting = True
             batches = self._plan.take()
         for (identifier, user_properties), registrations in self._take_groups().items():
             room = math.inf if terms.max_bytes is None else terms.max_bytes - overhead(user_properties)
             for some in _split(registrations, terms.size, room):
                 revisions = [registration.revision for registration in some]
-                batches.append(Batch(some, revisions, identifier, user_properties))
+                filters = [registration.packed for registration in some]
+                batches.append(Batch(some, revisions, filters, identifier, user_properties))
         self._in_flight.update(batches)
         return batches
 
