@@ -45,6 +45,17 @@ def filters(batches: list[Batch[str]]) -> list[list[str]]:
     return [[packed[2:-1].decode() for packed in batch.filters] for batch in batches]
 
 
+def replay(wanted: Registry[str], until: str) -> list[Batch[str]]:
+    """Begin one, or only get ``before`` it. Returns what was sent."""
+    if until != "before":
+        wanted.begin()
+    batches = wanted.take_due(TERMS) if until in ("sent", "answered") else []
+    if until == "answered":
+        for batch in batches:
+            answer(wanted, batch)
+    return batches
+
+
 def registered(wanted: Registry[str], topic_filter: str) -> Registration[str]:
     return next(each for each in wanted if each.topic_filter == topic_filter)
 
@@ -169,12 +180,7 @@ def test_another_qos_than_before_is_taken_in() -> None:
 def test_a_wish_that_changes_is_what_the_broker_is_told(when: str) -> None:
     """Whatever has become of the plan by then."""
     wanted = registry(3)
-    if when != "before":
-        wanted.begin()
-    batches = wanted.take_due(TERMS) if when in ("sent", "answered") else []
-    if when == "answered":
-        for batch in batches:
-            answer(wanted, batch)
+    batches = replay(wanted, when)
     wanted.add("f/1", SubscriptionOptions(qos=2), "other")
     if when == "sent":
         assert wanted.granted == 0
@@ -204,12 +210,7 @@ def test_an_answer_to_an_older_wish_is_no_part_of_a_plan() -> None:
 @pytest.mark.parametrize("when", ["before", "due", "sent", "answered"])
 def test_what_is_unsubscribed_is_not_replayed(when: str) -> None:
     wanted = registry(4)
-    if when != "before":
-        wanted.begin()
-    batches = wanted.take_due(TERMS) if when in ("sent", "answered") else []
-    if when == "answered":
-        for batch in batches:
-            answer(wanted, batch)
+    batches = replay(wanted, when)
     leaving = wanted.remove(registered(wanted, "f/1"), "m")
     assert (leaving is None) == (when == "due")  # that session has not been told of it
     if when == "sent":
