@@ -58,9 +58,8 @@ class Receiver:
             maximum_bytes=config.receive_bytes,
             patience=config.ack_patience,
         )
-        self._acknowledged = trio.Event()
-        self._awaited = False
-        """Whether somebody waits for room."""
+        self._room: trio.Event | None = None
+        """Set when there may be some; None while nobody waits for it."""
         self._retired = False
         self._overran = False
         self.ended = False
@@ -140,16 +139,16 @@ class Receiver:
         self.collect()
         try:
             while self._window.full and not self._retired:
-                self._awaited = True
-                self._acknowledged = trio.Event()
-                await self._acknowledged.wait()
+                self._room = trio.Event()
+                await self._room.wait()
         finally:
-            self._awaited = False
+            self._room = None
 
     def retire(self) -> None:
         """What comes from now on is dropped, so nothing has to wait for room: least of all the answers behind it."""
         self._retired = True
-        self._acknowledged.set()
+        if self._room is not None:
+            self._room.set()
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
@@ -190,7 +189,7 @@ class Receiver:
         """
         if self._writer.idle:
             self._writer.rouse()
-        elif self._awaited:
+        elif self._room is not None:
             self.collect()
 
     def collect(self) -> None:
@@ -206,7 +205,8 @@ class Receiver:
     def _answer(self, packets: bytes) -> None:
         if packets:
             self._writer.answer(packets)
-        self._acknowledged.set()
+        if self._room is not None:
+            self._room.set()
 
     @property
     def look_at(self) -> float:
