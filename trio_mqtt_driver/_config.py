@@ -53,7 +53,7 @@ TERMINAL_REFUSALS = frozenset(
 )
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, cache_hash=True)
 class Endpoint:
     """Where a broker listens: ``mqtt`` (TCP), ``mqtts`` (TLS over TCP) or ``unix`` (a socket path)."""
 

@@ -7,7 +7,7 @@ The three loops of trio-paho-mqtt run in the child nursery, rewritten against a 
 - the *writer* is the only task that calls ``send_all``. A cancelled ``send_all`` may have sent half a packet, so no
   user task may ever run it: a ``move_on_after`` around a ``publish()`` would break the link for everybody;
 - the *timer* sends PINGREQ and finds overdue answers. It sleeps until the next of them; whoever creates an earlier
-  deadline moves the deadline of its cancel scope.
+  deadline moves the deadline of its cancel scope. Who waits for an answer has no cancel scope of its own.
 
 A fault is recorded (``fail``) and cancels the nursery; it is not raised. So at most one cause exists, and an exception
 that does come out of the nursery is a bug. Nothing here decides what happens next.
@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 import trio
@@ -49,7 +48,7 @@ from ._sender import Sender
 from ._session import Session
 from ._subscribing import SubAck, needs_5
 from ._transport import lost
-from ._types import Message, ReasonCode, ServerLimits, UserProperties
+from ._types import NO_LIMITS, Message, ReasonCode, ServerLimits, UserProperties
 from ._writer import Writer
 
 logger = logging.getLogger("trio_mqtt_driver")
@@ -86,7 +85,7 @@ class Connection:
         self.version = version
         self.client_id = client_id
         self.generation = generation
-        self.limits = ServerLimits()
+        self.limits = NO_LIMITS
         self.cause: MQTTDriverError | None = None
         """Why the connection ended; None while it runs, and if its session ended by itself."""
         self.round_trip: float | None = None
@@ -102,7 +101,7 @@ class Connection:
         self.in_doubt = False
         """Whether that may be another one, which an unanswered CONNECT began: then it has no subscriptions."""
         self._control: ControlPackets
-        self._scope = trio.CancelScope()
+        self._scope: trio.CancelScope
         self.ended = False
         """Whether nothing can be sent or acknowledged on it any more."""
         self._warned: set[str] = set()
@@ -128,7 +127,6 @@ class Connection:
         self._timer = trio.CancelScope()
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
         self._requests: dict[int, Request] = {}
-        self._patient: dict[trio.CancelScope, float] = {}
         self._closing = False
         self._eof = trio.Event()
 
@@ -250,22 +248,17 @@ class Connection:
         packet_id, packet = self._control.unsubscribe_packet(filters)
         return self._request(packet_id, packet, Request(len(filters), unsubscribe=True, reply=Reply()))
 
-    async def within(self, seconds: float, reply: Reply[T]) -> T:
-        """Wait for an answer, as long as ``patience`` lets. Raises ``trio.TooSlowError``."""
-        with self.patience(seconds):
-            return await reply.wait()
-        raise trio.TooSlowError
+    async def within(self, seconds: float, wait: Callable[[], Awaitable[T]], late: Callable[[], object]) -> T:
+        """Wait for an answer; if it takes longer, ``late`` is called, and must end the wait.
 
-    @contextmanager
-    def patience(self, seconds: float) -> Generator[trio.CancelScope]:
-        """As ``trio.move_on_after``, but while reading pauses no time passes, and after that it begins anew."""
-        deadline = math.inf if self.deadlines.paused else trio.current_time() + seconds
-        with trio.CancelScope(deadline=deadline) as scope:
-            self._patient[scope] = seconds
-            try:
-                yield scope
-            finally:
-                del self._patient[scope]
+        While reading pauses no time passes, and after that it begins anew.
+        """
+        answer = self.deadlines.begin(trio.current_time(), seconds, late)
+        self._expect_by(answer.by)
+        try:
+            return await wait()
+        finally:
+            self.deadlines.end(answer)
 
     def _request(self, packet_id: int, packet: bytes, request: Request) -> Reply[tuple[ReasonCode, ...]]:
         self._requests[packet_id] = request
@@ -303,7 +296,7 @@ class Connection:
     def go_live(self) -> None:
         """The subscriptions are there: from now on publishes go out, and their acknowledgements may be overdue."""
         self.deadlines.live = True
-        self._expect_by(trio.current_time())
+        self._look()
         self.sender.go_live()
 
     async def _write_loop(self) -> None:
@@ -386,15 +379,12 @@ class Connection:
 
     async def _pause(self) -> None:
         self.deadlines.paused = True
-        for scope in self._patient:
-            scope.deadline = math.inf
         while self._inbox.full:
             await self._inbox.wait_room()
         await self.receiver.wait_room()
         now = trio.current_time()
         self.deadlines.resume(now)
-        for scope, seconds in self._patient.items():
-            scope.deadline = now + seconds
+        self._look()
 
     def _take_packets(self, packets: list[Packet], messages: list[Message[Any]]) -> int | None:
         """Act on packets, and append the messages that are for the application. Raises ``ProtocolError``.
@@ -478,19 +468,26 @@ class Connection:
 
     async def _timer_loop(self) -> None:
         while True:
-            with trio.CancelScope() as self._timer:
-                now = trio.current_time()
-                remark = self.deadlines.observe(now, self.config.wall_clock(), self.sender.oldest_sent_at)
-                if remark is not None:
-                    logger.info("%s: %s", self.config.client_id, remark)
-                    self._on_remark(remark)
-                if self.deadlines.ping_due(now):
-                    self.ping()
-                error = self.deadlines.overdue(now)
-                if error is not None:
-                    self.fail(error)
-                if self.receiver.look_at <= now:
-                    self.receiver.overtake_late(now)
-                look_at = min(self.deadlines.look_at(now), self.receiver.look_at)
-                self._timer.deadline = min(look_at, now + CLOCKS_EVERY)
+            with self._timer:
+                self._look()
                 await trio.sleep_forever()
+            self._timer = trio.CancelScope()
+
+    def _look(self) -> None:
+        """Do what is due, and have the timer look again when something may be."""
+        now = trio.current_time()
+        remark = self.deadlines.observe(now, self.config.wall_clock(), self.sender.oldest_sent_at)
+        if remark is not None:
+            logger.info("%s: %s", self.config.client_id, remark)
+            self._on_remark(remark)
+        if self.deadlines.ping_due(now):
+            self.ping()
+        for late in self.deadlines.missed(now):
+            late()
+        error = self.deadlines.overdue(now)
+        if error is not None:
+            self.fail(error)
+        if self.receiver.look_at <= now:
+            self.receiver.overtake_late(now)
+        look_at = min(self.deadlines.look_at(now), self.receiver.look_at)
+        self._timer.deadline = min(look_at, now + CLOCKS_EVERY)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 
 import attrs
 
@@ -55,6 +56,15 @@ class _Doubt:
     answered: bool = False
 
 
+@attrs.define(eq=False)
+class Wait:
+    """For an answer that must come ``by`` then; or after reading paused, within ``seconds`` from the end of that."""
+
+    seconds: float
+    by: float
+    late: Callable[[], object]
+
+
 class Deadlines:
     """The times of one connection, in seconds on the caller's clock. ``wall`` is the wall clock, for comparison."""
 
@@ -73,6 +83,7 @@ class Deadlines:
         self.paused = False
         self._resumed_at = now
         self._waiting_since = math.inf
+        self._waits: set[Wait] = set()
         self._late: _Doubt | None = None
         self._ahead = wall - now
         self._suspended: _Doubt | None = None
@@ -82,6 +93,25 @@ class Deadlines:
         """Reading goes on: what lay unread can be an answer, so all waiting begins anew."""
         self.paused = False
         self.heard_at = self._resumed_at = now
+        for wait in self._waits:
+            wait.by = now + wait.seconds
+
+    def begin(self, now: float, seconds: float, late: Callable[[], object]) -> Wait:
+        """Somebody waits for an answer, until ``end``."""
+        wait = Wait(seconds, now + seconds, late)
+        self._waits.add(wait)
+        return wait
+
+    def end(self, wait: Wait) -> None:
+        self._waits.discard(wait)
+
+    def missed(self, now: float) -> list[Callable[[], object]]:
+        """What to call for the answers that are overdue, once for each."""
+        if self.paused:
+            return []
+        over = [wait for wait in self._waits if wait.by <= now]
+        self._waits.difference_update(over)
+        return [wait.late for wait in over]
 
     def observe(self, now: float, wall: float, oldest_sent_at: float) -> str | None:
         """Take in how things stand, before the questions below are asked.
@@ -160,10 +190,11 @@ class Deadlines:
     def look_at(self, now: float) -> float:
         """When the next of all this may be due."""
         ping_by = self.sent_at + self.keep_alive
-        if not self.live:
-            return ping_by
         if self.paused:
             return min(ping_by, now + self._ack_timeout)
+        answer_by = min((wait.by for wait in self._waits), default=math.inf)
+        if not self.live:
+            return min(ping_by, answer_by)
         if not self.pings:
             ping_by = min(ping_by, self.heard_at + self.keep_alive)
         ack_by = self._waiting_since + self._ack_timeout
@@ -171,7 +202,7 @@ class Deadlines:
             ack_by = self._answer_by(self._late.since, self._doubt_timeout)
         if self._suspended is not None:
             ack_by = min(ack_by, self._answer_by(self._suspended.since, self._doubt_timeout))
-        return min(ping_by, self._pong_by(), ack_by)
+        return min(ping_by, answer_by, self._pong_by(), ack_by)
 
     def explain(self, error: MQTTDriverError, now: float, wall: float) -> MQTTDriverError:
         """The error that ends the connection: ``error``, or that the machine was suspended, if it may be due to that.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import trio
 
 from ._config import TERMINAL_REFUSALS
@@ -50,11 +52,14 @@ async def handshake(connection: Connection) -> None:
 
 
 async def handshake_by(connection: Connection, deadline: float) -> None:
-    """The same until ``deadline`` on Trio's clock; then ``TransportError``."""
-    with trio.move_on_at(deadline):
-        return await handshake(connection)
+    """The same until ``deadline`` on Trio's clock; then the connection ends with a ``TransportError``."""
     config = connection.config
-    raise TransportError(f"no CONNACK from {config.endpoint} in connect_timeout={config.connect_timeout:g} s")
+
+    def late() -> None:
+        words = f"no CONNACK from {config.endpoint} in connect_timeout={config.connect_timeout:g} s"
+        connection.fail(TransportError(words))
+
+    await connection.within(deadline - trio.current_time(), partial(handshake, connection), late)
 
 
 def _check(connection: Connection, answer: ConnAck) -> None:

@@ -196,8 +196,9 @@ class History:
         self._events.append(event)
         if event.error is not None:
             self._last_error = event
-        for listener in list(self._listeners):
-            listener.put(event)
+        if self._listeners:  # to go through an empty weak set costs more than all the rest
+            for listener in list(self._listeners):
+                listener.put(event)
         return event
 
     def add_listener(self, listener: Listener) -> None:

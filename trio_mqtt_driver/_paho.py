@@ -34,7 +34,7 @@ from ._errors import ProtocolError
 from ._packets import AUTH, CONNACK, DISCONNECT, SUBACK, UNSUBACK, packet_name
 from ._properties import encode_varint
 from ._subscribing import SubAck, decode_suback, encode_subscribe
-from ._types import ReasonCode, ServerLimits, UserProperties
+from ._types import NO_LIMITS, ReasonCode, ServerLimits, UserProperties
 
 _PropertiesOf: Callable[[int], Any] = Properties  # paho leaves this class without annotations
 _PAHO_2 = hasattr(mqtt, "CallbackAPIVersion")
@@ -59,7 +59,7 @@ _RETURN_CODES = {
 class ConnAck:
     session_present: bool
     reason_code: ReasonCode
-    limits: ServerLimits = ServerLimits()
+    limits: ServerLimits = NO_LIMITS
     authentication_data: bytes | None = None
 
 
@@ -324,7 +324,7 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
             code = _RETURN_CODES.get(body[1])
             if code is None:
                 raise ProtocolError(f"malformed packet: CONNACK with return code {body[1]} [MQTT-3.2.2-6]")
-            limits, data = ServerLimits(), None
+            limits, data = NO_LIMITS, None
         elif not self._version5 or len(body) < 3:
             raise ProtocolError(f"malformed packet: CONNACK of {len(body)} bytes after its header")
         else:

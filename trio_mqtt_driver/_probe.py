@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import trio
 
@@ -15,36 +17,38 @@ from ._subscribing import pack_filter
 from ._topics import MAXIMUM_LENGTH, check_topic
 from ._types import Message, ReasonCode
 
+T = TypeVar("T")
+
 _ADVICE = "allow it in the broker's access list, or set probe_topic or probe='ping'"
 
 
 async def probe(connection: Connection) -> str:
-    """Validate the link as ``config.probe`` says; returns how it went in words. Raises ``ProbeError``."""
+    """Validate the link as ``config.probe`` says; returns how it went in words.
+
+    Raises ``ProbeError``; without an answer in ``probe_timeout`` the connection ends with one.
+    """
     config = connection.config
     if config.probe == "ping" or connection.limits.maximum_qos == 0:
-        return await _ping(connection)
+        round_trip = await _in_time(connection, connection.ping().wait, "PINGREQ was not answered")
+        return f"PINGREQ answered in {round_trip:.3f} s"
     topic = config.probe_topic_for(connection.client_id)
     try:
         check_topic(topic, "probe_topic")
     except ValueError as exc:
         raise ProbeError(f"the client ID {connection.client_id[:60]!r} makes no probe topic: {exc}") from exc
-    with connection.patience(config.probe_timeout) as scope:  # a session that goes on may have a backlog first
-        if config.probe == "echo":
-            await _echo(connection, topic)
-        else:
-            await _publish(connection, topic)
-    if scope.cancelled_caught:
-        raise ProbeError(
-            f"the test publish to {topic!r} was not acknowledged within probe_timeout={config.probe_timeout:g} s"
-        )
+    test = _echo if config.probe == "echo" else _publish
+    # As long as for an answer, since a session that goes on may have a backlog that comes first.
+    await _in_time(connection, partial(test, connection, topic), f"the test publish to {topic!r} was not acknowledged")
     return f"test publish to {topic!r} acknowledged in {connection.round_trip or 0:.3f} s"
 
 
-async def _ping(connection: Connection) -> str:
+async def _in_time(connection: Connection, wait: Callable[[], Awaitable[T]], failure: str) -> T:
     timeout = connection.config.probe_timeout
-    with connection.patience(timeout):
-        return f"PINGREQ answered in {await connection.ping().wait():.3f} s"
-    raise ProbeError(f"PINGREQ was not answered within probe_timeout={timeout:g} s")
+
+    def late() -> None:
+        connection.fail(ProbeError(f"{failure} within probe_timeout={timeout:g} s"))
+
+    return await connection.within(timeout, wait, late)
 
 
 async def _publish(connection: Connection, topic: str) -> None:
@@ -99,14 +103,18 @@ async def sends_copies(connection: Connection) -> bool:
 
     connection.receiver.intercept = (topic, count)
     packed = [pack_filter(one, 0) for one in filters]
+
+    async def within(reply: Reply[T]) -> T:
+        return await connection.within(timeout, reply.wait, lambda: reply.fail(trio.TooSlowError()))
+
     try:
-        codes = await connection.within(timeout, connection.subscribe(packed, None))
+        codes = await within(connection.subscribe(packed, None))
         if not any(code.is_failure for code in codes):
             for payload in (b"1", b"2"):
                 now = trio.current_time()
                 connection.sender.send(Outgoing(topic, check_topic(topic), payload, 0, False, b"\0", now))
-            await connection.within(timeout, both)
-        await connection.within(timeout, connection.unsubscribe(filters))
+            await within(both)
+        await within(connection.unsubscribe(filters))
     except trio.TooSlowError:
         connection.unsubscribe(filters)
     finally:

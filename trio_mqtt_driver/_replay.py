@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import trio
-
 from ._connection import Connection
 from ._errors import AckTimeoutError
 from ._limits import subscribe_refusal, takes_all
@@ -22,9 +20,9 @@ _WAVE = 10_000
 async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
     """Tell the broker everything that is due, in batches sent at once, and take in the answers.
 
-    Returns when nothing is due any more. Raises ``AckTimeoutError`` if the broker leaves a batch unanswered for
-    ``subscribe_timeout``; a refusal is an answer like any other. Cancelling may leave requests unanswered, so the
-    connection must not be used afterwards.
+    Returns when nothing is due any more. A batch that the broker leaves unanswered for ``subscribe_timeout`` ends the
+    connection with an ``AckTimeoutError``; a refusal is an answer like any other. Cancelling may leave requests
+    unanswered, so the connection must not be used afterwards.
     """
     limits = connection.limits
     terms = Terms(
@@ -103,7 +101,8 @@ def _without_refused(connection: Connection, registry: Registry[Any], batch: Bat
 
 async def _answer(connection: Connection, reply: Reply[tuple[ReasonCode, ...]], what: str) -> tuple[ReasonCode, ...]:
     timeout = connection.config.subscribe_timeout
-    try:
-        return await connection.within(timeout, reply)
-    except trio.TooSlowError:
-        raise AckTimeoutError(f"{what} was not answered within subscribe_timeout={timeout:g} s") from None
+
+    def late() -> None:
+        connection.fail(AckTimeoutError(f"{what} was not answered within subscribe_timeout={timeout:g} s"))
+
+    return await connection.within(timeout, reply.wait, late)

@@ -28,7 +28,7 @@ from ._outgoing import Outgoing, Plain
 from ._packets import PUBCOMP, PUBREL, PubAcks, encode_ack, encode_publish, packet_name
 from ._properties import extend_block
 from ._session import Session
-from ._types import ReasonCode, ServerLimits
+from ._types import NO_LIMITS, ReasonCode, ServerLimits
 from ._writer import Writer
 
 logger = logging.getLogger("trio_mqtt_driver")
@@ -77,7 +77,7 @@ class Sender:
         self._counters = counters
         self._version = version
         self._generation = generation
-        self._limits = ServerLimits()
+        self._limits = NO_LIMITS
         self._aliases = TopicAliases(0)
         self._begun = False
         self._live_since = math.inf

@@ -87,7 +87,7 @@ def decode_suback(body: bytes, *, version5: bool) -> SubAck:
         raise ProtocolError(f"malformed packet: SUBACK of {len(body)} bytes after its header [MQTT-3.9]")
     codes = _CODES if version5 else _CODES_3_1_1
     try:
-        reason_codes = tuple([codes[code] for code in body[start:]])
+        reason_codes = tuple(map(codes.__getitem__, body[start:]))
     except KeyError as exc:
         raise ProtocolError(f"malformed packet: SUBACK with reason code 0x{exc.args[0]:02x} [MQTT-3.9.3]") from None
     return SubAck(body[0] << 8 | body[1], reason_codes)

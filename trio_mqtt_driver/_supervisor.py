@@ -130,8 +130,9 @@ class Supervisor:
         text = self._record(state.value, text, error)
         # A link that cannot be had is worth waking somebody for; the steps of a normal life are not.
         level = logging.WARNING if error is not None else logging.INFO
-        traceback = error if logger.isEnabledFor(logging.DEBUG) else None
-        logger.log(level, "%s: %s", self.config.client_id, text, exc_info=traceback)
+        if logger.isEnabledFor(level):
+            traceback = error if logger.isEnabledFor(logging.DEBUG) else None
+            logger.log(level, "%s: %s", self.config.client_id, text, exc_info=traceback)
         if state is State.LIVE:
             self._live_since = self._states.since
             self._edges.set(True)
@@ -294,12 +295,12 @@ class Supervisor:
         """Tell the broker of each change; and forgive the failures when the link has lived for long enough."""
         stable_at = self._live_since + self._backoff.stable_after
         while True:
-            with trio.move_on_at(stable_at):
-                await self._registry.wait_work()
             if trio.current_time() >= stable_at:
                 stable_at = math.inf
                 self._backoff.stable()
                 self._failover.stable()
+            with trio.move_on_at(stable_at):
+                await self._registry.wait_work()
             try:
                 await synchronise(connection, self._registry)
             except MQTTDriverError as exc:

@@ -473,6 +473,9 @@ class ServerLimits:
     session_expiry: int | None = None
 
 
+NO_LIMITS = ServerLimits()
+
+
 @attrs.frozen(kw_only=True)
 class Diagnosis:
     """What the driver knew when a publish failed."""
