@@ -339,7 +339,7 @@ class Subscription(Generic[T]):
                         message._done()
                     self._handed_out = None
                     await checkpoint_if_cancelled()
-                    message = waiting.popleft()  # as _take
+                    message = waiting.popleft()  # as _take_out
                     if queue.attended:
                         self._took(message)
                     if message.qos:
@@ -367,17 +367,6 @@ class Subscription(Generic[T]):
             self._failed(self, self._handed_out, begun)
         elif isinstance(begun, Coroutine):
             begun.close()
-
-    def _take(self) -> Message[T]:
-        """Hand out the first message of the queue, of a subscription to bytes."""
-        message: Message[Any] = self._queue.messages.popleft()  # as _take_out
-        if self._queue.attended:
-            self._took(message)
-        if message.qos:
-            message._reader = self
-        message.value = message.payload  # then T is bytes
-        self._handed_out = message
-        return message
 
     def _take_out(self) -> Message[Any]:
         """Take the first message out of the queue."""
@@ -491,7 +480,14 @@ class Subscription(Generic[T]):
                 else:
                     self._handed_out = done._source = None
             await trio.lowlevel.checkpoint_if_cancelled()
-            return self._take()
+            message: Message[Any] = self._queue.messages.popleft()  # as _take_out
+            if self._queue.attended:
+                self._took(message)
+            if message.qos:
+                message._reader = self
+            message.value = message.payload  # then T is bytes
+            self._handed_out = message
+            return message
         try:
             return await self.receive()
         except DriverClosedError:
