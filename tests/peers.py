@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trio_mqtt_driver import DriverConfig, Endpoint
-from trio_mqtt_driver.testing import MemoryBroker
+from trio_mqtt_driver.testing import Kind, MemoryBroker
 
 
 def memory_config(broker: MemoryBroker, **options: Any) -> DriverConfig:
@@ -16,3 +16,8 @@ def memory_config(broker: MemoryBroker, **options: Any) -> DriverConfig:
         "open_stream": lambda _endpoint: broker.connect_stream(),  # pyright: ignore[reportUnknownLambdaType]
     }
     return DriverConfig(**{**defaults, **options})
+
+
+def pings(broker: MemoryBroker) -> int:
+    """How many PINGREQs have come to it."""
+    return sum(packet.kind is Kind.PINGREQ for _, packet in broker.received)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -418,3 +419,64 @@ def test_the_broker_is_not_asked_before_the_link_is_live_nor_while_reading_is_pa
 
 def test_a_pingresp_that_nobody_asked_for_is_nothing(deadlines: Driven) -> None:
     assert deadlines.pong() is None
+
+
+class Calls(list[str]):
+    """What was called for being late."""
+
+    def named(self, name: str) -> Callable[[], None]:
+        return lambda: self.append(name)
+
+    def at(self, deadlines: Deadlines, now: float) -> list[str]:
+        self.clear()
+        for late in deadlines.missed(now):
+            late()
+        return sorted(self)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_whoever_waits_for_an_answer_is_late_once_and_at_its_time(deadlines: Driven, live: bool) -> None:
+    deadlines.live = live
+    called = Calls()
+    deadlines.begin(100, 7, called.named("first"))
+    deadlines.begin(101, 8, called.named("second"))
+    assert deadlines.wakes(101) == 107
+    assert called.at(deadlines, 106.9) == []
+    assert called.at(deadlines, 107) == ["first"]
+    assert deadlines.wakes(107) == 109
+    assert called.at(deadlines, 110) == ["second"]
+    assert called.at(deadlines, 111) == []
+    assert deadlines.wakes(111) == 130
+
+
+def test_an_answer_that_came_is_not_late(deadlines: Driven) -> None:
+    called = Calls()
+    answer = deadlines.begin(100, 7, called.named("answered"))
+    deadlines.end(answer)
+    assert deadlines.wakes(100) == 130
+    assert called.at(deadlines, 107) == []
+    overdue = deadlines.begin(110, 7, called.named("late"))
+    assert called.at(deadlines, 117) == ["late"]
+    deadlines.end(overdue)  # whoever waited for it says so then
+
+
+def test_while_reading_is_paused_no_answer_is_late_and_then_it_has_all_its_time(deadlines: Driven) -> None:
+    called = Calls()
+    deadlines.keep_alive = math.inf
+    deadlines.begin(100, 7, called.named("before"))
+    deadlines.paused = True
+    deadlines.begin(102, 3, called.named("meanwhile"))
+    assert called.at(deadlines, 1000) == []
+    assert deadlines.wakes(101) == 106  # only for the ack_timeout
+    deadlines.resume(1000)
+    assert called.at(deadlines, 1002.9) == []
+    assert deadlines.wakes(1000) == 1003
+    assert called.at(deadlines, 1003) == ["meanwhile"]
+    assert called.at(deadlines, 1007) == ["before"]
+
+
+def test_without_a_timeout_an_answer_is_never_late(deadlines: Driven) -> None:
+    called = Calls()
+    deadlines.begin(100, math.inf, called.named("late"))
+    assert deadlines.wakes(100) == 130
+    assert called.at(deadlines, 1e9) == []

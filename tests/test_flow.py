@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.peers import memory_config
+from tests.peers import memory_config, pings
 from trio_mqtt_driver import Message, MQTTDriver, Overflow, PayloadError
 from trio_mqtt_driver.testing import Ack, Kind, MemoryBroker, Publish
 
@@ -46,10 +46,6 @@ class Gate:
 
 def acknowledged(broker: MemoryBroker, kind: Kind = Kind.PUBACK) -> list[int]:
     return [packet.packet_id for _, packet in broker.received if isinstance(packet, Ack) and packet.kind is kind]
-
-
-def pings(broker: MemoryBroker) -> int:
-    return sum(packet.kind is Kind.PINGREQ for _, packet in broker.received)
 
 
 async def test_a_slow_handler_holds_up_neither_others_nor_acknowledgements_nor_the_keep_alive(

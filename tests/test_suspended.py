@@ -12,7 +12,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.dialing import Dialer
-from tests.peers import memory_config
+from tests.peers import memory_config, pings
 from trio_mqtt_driver import DriverConfig, MQTTDriver, State
 from trio_mqtt_driver.testing import Kind, MemoryBroker
 
@@ -53,10 +53,6 @@ def config_for(broker: MemoryBroker, machine: Machine, **options: Any) -> Driver
 
 def clock_events(driver: MQTTDriver) -> list[str]:
     return [event.text for event in driver.status().history if event.kind == "clock"]
-
-
-def pings(broker: MemoryBroker) -> int:
-    return [packet.kind for _, packet in broker.received].count(Kind.PINGREQ)
 
 
 async def check_named_and_healed(

@@ -1,0 +1,130 @@
+"""An answer that does not come ends the link at its time, and not when the timer looks the next time anyway."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from tests.peers import memory_config, pings
+from tests.stable import stable_config
+from trio_mqtt_driver import BackoffConfig, Message, MQTTDriver, Overflow, State
+from trio_mqtt_driver._deadlines import CLOCKS_EVERY
+from trio_mqtt_driver.testing import Kind, MemoryBroker
+
+settled = trio.testing.wait_all_tasks_blocked
+
+TIMES = [1.3, 7.9]
+"""Shorter and longer than the time after which the timer looks in any case, and no multiples of it."""
+assert TIMES[0] < CLOCKS_EVERY < TIMES[1]
+
+
+@pytest.fixture
+def broker(nursery: trio.Nursery) -> MemoryBroker:
+    return MemoryBroker(nursery)
+
+
+async def failure(driver: MQTTDriver) -> tuple[float, str]:
+    """When the present link or attempt ends, and why."""
+    with trio.fail_after(100):
+        await driver.wait_state(State.BACKING_OFF)
+    event = [event for event in driver.status().history if event.error is not None][-1]
+    return event.at, str(event.error)
+
+
+@pytest.mark.parametrize("seconds", TIMES)
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+@pytest.mark.parametrize(
+    "lost, option, words",
+    [
+        (Kind.CONNACK, "connect_timeout", "TransportError: no CONNACK from mqtt://memory:1883 in"),
+        (Kind.PUBACK, "probe_timeout", "was not acknowledged within"),
+        (Kind.SUBACK, "subscribe_timeout", "AckTimeoutError: SUBSCRIBE was not answered within"),
+    ],
+)
+async def test_on_the_way_back(
+    autojump_clock: MockClock,
+    broker: MemoryBroker,
+    protocol: str,
+    lost: Kind,
+    option: str,
+    words: str,
+    seconds: float,
+) -> None:
+    config = memory_config(broker, protocol=protocol, backoff=BackoffConfig(min_interval=0), **{option: seconds})
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("a", print)
+        await trio.sleep(30.7)
+        broker.faults.drop(lost, times=1)
+        broker.drop()
+        began = trio.current_time()
+        await driver.wait_state(State.CONNECTING)
+        at, why = await failure(driver)
+        assert at == pytest.approx(began + seconds)
+        assert words in why
+        assert f"{option}={seconds:g} s" in why
+        await driver.wait_live()
+
+
+@pytest.mark.parametrize("seconds", TIMES)
+@pytest.mark.parametrize("lost", [Kind.SUBACK, Kind.UNSUBACK])
+async def test_on_a_live_link(autojump_clock: MockClock, broker: MemoryBroker, lost: Kind, seconds: float) -> None:
+    async with MQTTDriver(memory_config(broker, subscribe_timeout=seconds)) as driver, trio.open_nursery() as nursery:
+        subscription = await driver.subscribe("a", print)
+        await trio.sleep(30.7)
+        broker.faults.drop(lost, times=1)
+        began = trio.current_time()
+        nursery.start_soon(driver.subscribe, "b", print)
+        nursery.start_soon(driver.unsubscribe, subscription)
+        at, why = await failure(driver)
+        assert at == pytest.approx(began + seconds)
+        assert f"was not answered within subscribe_timeout={seconds:g} s" in why
+
+
+@pytest.mark.parametrize("seconds", TIMES)
+async def test_after_reading_has_paused_it_has_all_its_time(
+    autojump_clock: MockClock, broker: MemoryBroker, seconds: float
+) -> None:
+    go_on = trio.Event()
+
+    async def slow(message: Message[bytes]) -> None:
+        await go_on.wait()
+
+    config = memory_config(broker, subscribe_timeout=seconds, keep_alive=0)
+    async with MQTTDriver(config) as driver, trio.open_nursery() as nursery:
+        await driver.subscribe("a", slow, overflow=Overflow.BLOCK, queue_messages=1)
+        for _ in range(3):
+            broker.publish("a", b"")
+        await settled()
+        broker.faults.drop(Kind.SUBACK, times=1)
+        nursery.start_soon(driver.subscribe, "b", print)
+        await trio.sleep(30.7)
+        assert driver.generation == 1
+        go_on.set()
+        began = trio.current_time()
+        at, why = await failure(driver)
+        assert at == pytest.approx(began + seconds)
+        assert "SUBSCRIBE was not answered" in why
+
+
+async def test_an_acknowledgement_that_is_late_when_the_link_goes_live_is_asked_for_at_once(
+    autojump_clock: MockClock, broker: MemoryBroker
+) -> None:
+    """It was sent when the session was taken up, and the test publish behind it took its time."""
+    config = stable_config(broker, "5", ack_timeout=1, keep_alive=0, probe_timeout=60)
+    async with MQTTDriver(config) as driver:
+        broker.faults.drop(Kind.PUBACK, times=2)
+        driver.publish_nowait("out", b"", qos=1)
+        await settled()
+        test_publish = broker.faults.hold(Kind.PUBACK, first=2, times=1)
+        broker.drop()
+        await driver.wait_state(State.VALIDATING)
+        began = trio.current_time()
+        await trio.sleep(3.2)
+        assert not pings(broker)
+        test_publish.remove()
+        await driver.wait_live()
+        await settled()
+        assert pings(broker) == 1
+        assert trio.current_time() == pytest.approx(began + 3.2)
