@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import pytest
 
-from trio_mqtt_driver import DriverConfig, Endpoint, OfflinePolicy, ReasonCode, TLSConfig, Will
+from trio_mqtt_driver import DriverArguments, DriverConfig, Endpoint, OfflinePolicy, ReasonCode, TLSConfig, Will
 from trio_mqtt_driver._properties import encode_publish_properties
 from trio_mqtt_driver._types import PublishProperties
 
@@ -78,7 +78,8 @@ def test_a_time_that_is_no_time_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field) as caught:
         DriverConfig(endpoint=ENDPOINT, **{field: value})  # type: ignore[arg-type]  # that is the point
     assert str(caught.value) == f"{field} is {value!r}, {SECONDS}"
-    assert getattr(DriverConfig(endpoint=ENDPOINT).evolve(**{field: math.inf}), field) == math.inf
+    longest: dict[str, Any] = {field: math.inf}
+    assert getattr(DriverConfig(endpoint=ENDPOINT).evolve(**longest), field) == math.inf
 
 
 @pytest.mark.parametrize("field", NUMBERS)
@@ -89,7 +90,8 @@ def test_a_number_out_of_its_range_is_refused(field: str) -> None:
             DriverConfig(endpoint=ENDPOINT, **{field: value})  # type: ignore[arg-type]  # that is the point
         assert str(caught.value) == f"{field} is {value!r}, {whole(low, high)}"
     for value in (low, high):
-        assert getattr(DriverConfig(endpoint=ENDPOINT).evolve(**{field: value}), field) == value
+        change: dict[str, Any] = {field: value}
+        assert getattr(DriverConfig(endpoint=ENDPOINT).evolve(**change), field) == value
 
 
 @pytest.mark.parametrize("field", CHOICES)
@@ -212,6 +214,11 @@ def test_every_field_is_validated_somewhere() -> None:
     known |= {"endpoint", "backoff", "tls", "will", "password", "retry_refusals", "connect_user_properties"}
     known |= {"fallbacks", "failover", "availability", "offline", "outbox_path", "refill_rate", "read_delay"}
     assert {field.name for field in attrs.fields(DriverConfig)} == known
+
+
+def test_every_field_is_a_keyword_that_type_checkers_know() -> None:
+    """That its type is one that the field takes, mypy sees in ``evolve``."""
+    assert set(DriverArguments.__annotations__) == {field.name for field in attrs.fields(DriverConfig)}
 
 
 def test_refusals_to_retry_may_be_any_collection_of_reason_codes() -> None:

@@ -6,6 +6,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 import trio
@@ -18,7 +19,7 @@ from trio_mqtt_driver.testing import MemoryBroker
 
 # The rings of broker and driver are small, so that the warm-up fills them: they are bounds, not leaks.
 WARM_UP = 60
-RINGS = {"history_events": 50}
+RINGS: dict[str, Any] = {"history_events": 50}
 
 
 @pytest.fixture(autouse=True)

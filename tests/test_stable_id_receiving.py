@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import trio
@@ -405,7 +405,7 @@ async def test_a_backlog_that_stops_the_reading_does_not_fail_the_test_publish(
     broker: MemoryBroker,
     protocol: str,
     overflow: Overflow,
-    options: dict[str, int],
+    options: dict[str, Any],
     probe: Literal["publish", "ping"],
     autojump_clock: MockClock,
 ) -> None:

@@ -6,6 +6,7 @@ from ._config import (
     Attempt as Attempt,
     Authenticator as Authenticator,
     Availability as Availability,
+    DriverArguments as DriverArguments,
     DriverConfig as DriverConfig,
     Endpoint as Endpoint,
     Will as Will,

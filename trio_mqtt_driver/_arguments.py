@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 import trio
 
 from ._codecs import decoder, encode_payload
-from ._config import DriverConfig
+from ._config import DriverArguments, DriverConfig
 from ._dispatch import Dispatcher
 from ._history import Counters
 from ._outgoing import Outgoing
@@ -73,7 +73,7 @@ class SubscribeArguments(TypedDict, total=False):
     on_dead_letter: DeadLetterHandler | None
 
 
-def make_config(config: DriverConfig | str, options: dict[str, Any]) -> DriverConfig:
+def make_config(config: DriverConfig | str, options: DriverArguments) -> DriverConfig:
     """The config that a driver is made with: as it is, or of a URL. Raises ``ValueError`` or ``TypeError``."""
     if isinstance(config, str):
         check_names("MQTTDriver", options, DriverConfig)

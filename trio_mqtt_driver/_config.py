@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 import attrs
 import trio
@@ -22,7 +22,7 @@ from ._endpoints import FailoverConfig
 from ._properties import check_utf8, encode_binary
 from ._tls import TLSConfig
 from ._topics import check_topic
-from ._types import OfflinePolicy, PayloadFormat, ReasonCode
+from ._types import OfflinePolicy, PayloadFormat, ReasonCode, UserProperties
 from ._url import from_env, parse_url
 from ._validators import (
     between,
@@ -40,6 +40,9 @@ from ._validators import (
     seconds,
     text,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Refusals that no amount of waiting heals [MQTT-3.2.2.2].
 TERMINAL_REFUSALS = frozenset(
@@ -238,6 +241,67 @@ OptionsFactory = Callable[[Attempt], Awaitable["DriverConfig"]]
 StreamOpener = Callable[[Endpoint], Awaitable[trio.abc.Stream]]
 
 
+class DriverArguments(TypedDict, total=False):
+    """The options that ``MQTTDriver(url, ...)`` and the methods of `DriverConfig` take as keywords: its fields."""
+
+    endpoint: Endpoint
+    fallbacks: Iterable[Endpoint | str]
+    failover: FailoverConfig
+    client_id: str
+    client_id_factory: Callable[[str, int, float], str] | None
+    stable_id: bool
+    session_expiry: int
+    protocol: Literal["auto", "5", "3.1.1"]
+    username: str | None
+    password: str | bytes | None
+    authenticator: Callable[[], Authenticator] | None
+    tls: TLSConfig | None
+    will: Will | None
+    availability: Availability | None
+    options_factory: OptionsFactory | None
+    factory_timeout: float
+    open_stream: StreamOpener | None
+    keep_alive: int
+    ping_timeout: float
+    connect_timeout: float
+    probe: Literal["publish", "echo", "ping"]
+    probe_topic: str
+    probe_timeout: float
+    ack_timeout: float
+    subscribe_timeout: float
+    publish_timeout: float
+    disconnect_timeout: float
+    drain_timeout: float
+    backoff: BackoffConfig
+    retry_refusals: Iterable[ReasonCode]
+    receive_maximum: int
+    receive_bytes: int
+    ack_patience: float
+    maximum_packet_size: int
+    topic_alias_maximum: int
+    topic_aliases: int
+    request_response_information: bool
+    request_problem_information: bool
+    connect_user_properties: UserProperties
+    in_flight: int
+    offline: OfflinePolicy | Literal["wait", "queue", "latest", "fail"]
+    outbox_messages: int
+    outbox_bytes: int
+    outbox_full: Literal["wait", "fail", "drop_oldest"]
+    outbox_path: str | os.PathLike[str] | None
+    refill_rate: float
+    quarantine_after: int
+    write_buffer: int
+    read_delay: float
+    queue_messages: int
+    queue_bytes: int
+    replay_batch: int
+    subscription_identifiers: bool
+    on_handler_error: Literal["log", "raise"]
+    history_events: int
+    wall_clock: Callable[[], float]
+
+
 @attrs.frozen(kw_only=True)
 class DriverConfig:
     """All options of an ``MQTTDriver``. Immutable; ``evolve()`` makes a changed copy."""
@@ -381,19 +445,19 @@ class DriverConfig:
             check_topic(self.probe_topic_for(self.client_id), "probe_topic")
 
     @classmethod
-    def from_url(cls, url: str, **options: Any) -> DriverConfig:
+    def from_url(cls, url: str, **options: Unpack[DriverArguments]) -> DriverConfig:
         """``mqtt://``, ``mqtts://`` or ``unix://`` with optional user info; see ``docs/howto``. ``options`` win."""
         return cls._from_parsed(parse_url(url), options)
 
     @classmethod
     def from_env(
-        cls, environ: Mapping[str, str] | None = None, *, prefix: str = "MQTT_", **options: Any
+        cls, environ: Mapping[str, str] | None = None, *, prefix: str = "MQTT_", **options: Unpack[DriverArguments]
     ) -> DriverConfig:
         """From ``MQTT_URL``, ``MQTT_USERNAME``, ``MQTT_PASSWORD`` or ``MQTT_PASSWORD_FILE``, … ``options`` win."""
         return cls._from_parsed(from_env(os.environ if environ is None else environ, prefix), options)
 
     @classmethod
-    def _from_parsed(cls, parsed: Mapping[str, Any], options: dict[str, Any]) -> DriverConfig:
+    def _from_parsed(cls, parsed: Mapping[str, Any], options: Mapping[str, object]) -> DriverConfig:
         values: dict[str, Any] = dict(parsed)
         place = {key: values.pop(key) for key in ("scheme", "host", "port", "path") if key in values}
         files = {key: values.pop(key) for key in ("ca_file", "cert_file", "key_file") if key in values}
@@ -403,7 +467,7 @@ class DriverConfig:
         values.update(options)
         return cls(**values)
 
-    def evolve(self, **changes: Any) -> DriverConfig:
+    def evolve(self, **changes: Unpack[DriverArguments]) -> DriverConfig:
         """A copy with ``changes``, validated again."""
         return attrs.evolve(self, **changes)
 

@@ -21,7 +21,7 @@ from ._arguments import (
 )
 from ._availability import Presence
 from ._callbacks import Callbacks
-from ._config import Attempt, DriverConfig
+from ._config import Attempt, DriverArguments, DriverConfig
 from ._dispatch import Dispatcher
 from ._edges import Edges
 from ._errors import DriverClosedError, NotConnectedError, ServerLimitError
@@ -71,7 +71,7 @@ class MQTTDriver:
         *,
         start: Literal["live", "background"] = "live",
         rng: random.Random | None = None,
-        **options: Any,
+        **options: Unpack[DriverArguments],
     ) -> None:
         config = make_config(config, options)
         if start not in ("live", "background"):

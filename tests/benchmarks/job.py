@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Literal
+
+Version = Literal["5", "3.1.1"]
 
 HOST = "127.0.0.1"
 DONE = "bench/done"
@@ -25,7 +28,7 @@ class Job:
     """The module in ``clients``."""
     api: str = ""
     """Which of the client's interfaces; the client says which it has."""
-    version: str = "5"
+    version: Version = "5"
     qos: int = 0
     count: int = 0
     """Messages, round trips, or drivers."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..job import Job
+from ..job import Job, Version
 from .base import Workload
 
 
-def _sink(qos: int, variant: str = "", version: str = "5", properties: bool = False) -> Workload:
+def _sink(qos: int, variant: str = "", version: Version = "5", properties: bool = False) -> Workload:
     job = Job("publish", "", qos=qos, count=20_000, version=version, properties=properties)
     name = f"publish-{qos}-sink" + variant.replace(", ", "-")
     return Workload(name, f"Publish QoS {qos}, sink{variant}", "sink", job, least=100)

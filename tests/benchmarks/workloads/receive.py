@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..job import Job
+from ..job import Job, Version
 from .base import Workload
 
 
-def _feeder(qos: int, variant: str = "", version: str = "5", properties: bool = False) -> Workload:
+def _feeder(qos: int, variant: str = "", version: Version = "5", properties: bool = False) -> Workload:
     job = Job("receive", "", qos=qos, count=20_000, version=version, properties=properties)
     name = f"receive-{qos}-feeder" + variant.replace(", ", "-")
     return Workload(name, f"Receive QoS {qos}, feeder{variant}", "feeder", job, least=100)
