@@ -413,7 +413,8 @@ class DriverConfig:
     queue_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=between(1024, 2**40))
     """The same in bytes of payload. One message is let in whatever its size."""
     replay_batch: int = attrs.field(default=500, validator=between(1, 10_000))
-    """Topic filters per SUBSCRIBE packet, at most. Some brokers take fewer and do not say so: AWS IoT Core takes 8."""
+    """Topic filters per SUBSCRIBE packet, at most; fewer for a broker that ended connections over so many: AWS IoT
+    Core takes 8, and does not say so."""
     subscription_identifiers: bool = attrs.field(default=True, validator=instance(bool))
     """Let MQTT 5 brokers tell which subscription a message is for, so that overlapping ones never get it twice."""
     on_handler_error: Literal["log", "raise"] = attrs.field(default="log", validator=one_of("log", "raise"))

@@ -260,6 +260,11 @@ class Connection:
         finally:
             self.deadlines.end(answer)
 
+    @property
+    def unanswered(self) -> int:
+        """How many filters the largest SUBSCRIBE or UNSUBSCRIBE has that was not answered."""
+        return max((request.filters for request in self._requests.values()), default=0)
+
     def _request(self, packet_id: int, packet: bytes, request: Request) -> Reply[tuple[ReasonCode, ...]]:
         self._requests[packet_id] = request
         self._writer.write(packet)

@@ -8,13 +8,15 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from ._attempts import Attempts
+from ._batch_sizes import BatchSizes
 from ._config import Attempt, DriverConfig, Endpoint
 from ._connection import Connection
-from ._errors import MQTTDriverError, ServerDisconnectedError
+from ._errors import AckTimeoutError, MQTTDriverError, ServerDisconnectedError
 from ._handshake import handshake_by
 from ._history import Counters
 from ._inbox import Inbox
 from ._outbox import Outbox
+from ._sender import blames_us
 from ._session import Session, SessionKey
 from ._transport import open_stream_by
 from ._versions import Versions
@@ -40,6 +42,7 @@ class Dialer:
     ) -> None:
         self._attempts = attempts
         self._versions = versions
+        self._batch_sizes = BatchSizes()
         self._inbox = inbox
         self._outbox = outbox
         self._counters = counters
@@ -99,6 +102,7 @@ class Dialer:
     ) -> None:
         deadline = trio.current_time() + config.connect_timeout
         lasting = session.established or session.wiped
+        config = self._batch_sizes.applied(config)
         self.connection = connection = Connection(
             await open_stream_by(config, deadline, self._rng if self._attempts.number > 1 else None),
             config,
@@ -118,6 +122,7 @@ class Dialer:
             if session.key is None:
                 self._outbox.put_back(session.end())
         cause = connection.cause
+        self._judge(connection, cause)
         if isinstance(cause, ServerDisconnectedError) and cause.taken_over:
             if connection.in_doubt and lasting:
                 # A CONNECT of ours that nobody had answered, most likely, read late: the session is as it was.
@@ -127,6 +132,24 @@ class Dialer:
                 self.adopt(Session())
         if cause is not None:
             raise cause
+
+    def _judge(self, connection: Connection, cause: MQTTDriverError | None) -> None:
+        fewer = self._batch_sizes.ended(
+            connection.config,
+            connection.unanswered,
+            by_broker=blames_us(cause) or isinstance(cause, AckTimeoutError),
+            was_live=connection.deadlines.live,
+        )
+        if fewer is not None:
+            self._on_downgrade(
+                f"{connection.config.endpoint} left a SUBSCRIBE or UNSUBSCRIBE of {connection.unanswered} filters "
+                f"unanswered again and ended the connection: from now on they have {fewer}"
+            )
+
+    def forget(self) -> None:
+        """The settings have changed: what was learnt of the endpoints may be true no more."""
+        self._versions.forget()
+        self._batch_sizes.forget()
 
     def adopt(self, session: Session) -> None:
         """A broker has accepted a connection of this session."""

@@ -290,7 +290,7 @@ class Sender:
         But not if connections are also lost with nothing on the wire: then it is the network's doing.
         """
         limit = self._config.quarantine_after
-        if not limit or not _blames_us(cause):
+        if not limit or not blames_us(cause):
             return
         # Before CONNACK nothing was sent, whatever the window says of an older connection.
         suspect = self._window.suspect if self._begun else None
@@ -366,7 +366,7 @@ class Sender:
             outgoing.acknowledged(reason_code, self._generation, now)
 
 
-def _blames_us(cause: MQTTDriverError | None) -> bool:
+def blames_us(cause: MQTTDriverError | None) -> bool:
     """Whether a broker that finds a message unbearable would end the connection in this way."""
     if isinstance(cause, ServerDisconnectedError):
         return cause.reason_code not in _ABOUT_THE_LINK

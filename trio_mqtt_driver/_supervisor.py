@@ -429,7 +429,7 @@ class Supervisor:
         self._check_open()
         self._attempts.config = config
         self._backoff = Backoff(config.backoff, self._rng)
-        self._versions.forget()
+        self._dialer.forget()
         self._failover.configure()
         if self._held is None:
             self.force_reconnect("settings changed", even_if_live=True)

@@ -56,6 +56,8 @@ class MemoryBroker:
         ``"copies"`` one for each; MQTT allows both.
     :param use_topic_aliases: send Topic Aliases to clients that announce a Topic Alias Maximum. ``sent`` then shows
         what goes over the wire: an empty topic.
+    :param maximum_filters: Topic Filters in one SUBSCRIBE or UNSUBSCRIBE. The connection of a client that sends more
+        is closed without a word, as by AWS IoT Core, which takes 8. It is no violation: MQTT cannot announce a limit.
     :param queue_limit: QoS 1 and 2 messages that wait for one client; more are dropped and counted.
     :param buffer_bytes: bytes that wait to be sent to one client; QoS 0 messages beyond are dropped and counted.
     :param history: how many packets, messages and CONNECTs are remembered.
@@ -83,6 +85,7 @@ class MemoryBroker:
         use_topic_aliases: bool = False,
         response_information: str | None = None,
         server_reference: str | None = None,
+        maximum_filters: int | None = None,
         queue_limit: int = 200_000,
         buffer_bytes: int = 64 * 2**20,
         history: int = 10_000,
@@ -108,6 +111,7 @@ class MemoryBroker:
             use_topic_aliases=use_topic_aliases,
             response_information=response_information,
             server_reference=server_reference,
+            maximum_filters=maximum_filters,
             queue_limit=queue_limit,
             buffer_bytes=buffer_bytes,
         )

@@ -119,9 +119,11 @@ class ServerConnection:
         elif isinstance(packet, Pingreq):
             self.send(Pingresp())
         elif isinstance(packet, Subscribe):
-            self._on_subscribe(packet, self._session)
+            if not self._too_many(len(packet.requests)):
+                self._on_subscribe(packet, self._session)
         elif isinstance(packet, Unsubscribe):
-            self._on_unsubscribe(packet, self._session)
+            if not self._too_many(len(packet.topic_filters)):
+                self._on_unsubscribe(packet, self._session)
         elif isinstance(packet, Disconnect):
             self._on_disconnect(packet, self._session)
 
@@ -338,6 +340,14 @@ class ServerConnection:
         self.send(Ack(kind=Kind.PUBCOMP, packet_id=packet.packet_id, reason_code=code))
 
     # -- SUBSCRIBE, UNSUBSCRIBE, DISCONNECT --
+
+    def _too_many(self, filters: int) -> bool:
+        """Whether the client's packet has more filters than are taken; then the connection is ended."""
+        limit = self._options.maximum_filters
+        if limit is None or filters <= limit:
+            return False
+        self.close()
+        return True
 
     def _on_subscribe(self, packet: Subscribe, session: Session) -> None:
         self._check_free(packet.packet_id, session)

@@ -63,6 +63,7 @@ class BrokerOptions:
     use_topic_aliases: bool = False
     response_information: str | None = None
     server_reference: str | None = None
+    maximum_filters: int | None = attrs.field(default=None, validator=_within(1, 65535))
     queue_limit: int = attrs.field(default=200_000, validator=_within(1, 10**9))
     buffer_bytes: int = attrs.field(default=64 * 2**20, validator=_within(1, 2**40))
 

@@ -1,0 +1,202 @@
+"""Brokers that end connections over many filters in a packet, and say so nowhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.peers import memory_config
+from trio_mqtt_driver import DriverConfig, Endpoint, MQTTDriver, State
+from trio_mqtt_driver._batch_sizes import BatchSizes
+from trio_mqtt_driver.testing import Kind, MemoryBroker, Subscribe, Unsubscribe
+
+HERE, THERE = (DriverConfig(endpoint=Endpoint(host=host, port=1883)) for host in ("here", "there"))
+
+
+# -- what is learnt ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sizes() -> BatchSizes:
+    return BatchSizes()
+
+
+def lost(sizes: BatchSizes, unanswered: int, config: DriverConfig = HERE, **how: bool) -> int | None:
+    return sizes.ended(config, unanswered, **{"by_broker": True, "was_live": False, **how})
+
+
+def test_without_a_reason_the_options_hold(sizes: BatchSizes) -> None:
+    assert sizes.applied(HERE) is HERE
+    assert lost(sizes, 500) is None
+    assert sizes.applied(HERE) is HERE
+
+
+def test_two_ends_in_a_row_over_a_request_make_it_an_eighth(sizes: BatchSizes) -> None:
+    found = [lost(sizes, unanswered) for unanswered in (500, 500, 62, 62, 7, 7)]
+    assert found == [None, 62, None, 7, None, 1]
+    assert sizes.applied(HERE) == HERE.evolve(replay_batch=1)
+    assert lost(sizes, 1) is lost(sizes, 1) is None  # then it is not their number
+
+
+def test_a_link_in_between_says_that_the_number_is_right(sizes: BatchSizes) -> None:
+    assert lost(sizes, 500) is None
+    assert lost(sizes, 0, was_live=True) is None
+    assert lost(sizes, 500) is None
+
+
+def test_a_request_on_a_live_link_counts_as_the_first(sizes: BatchSizes) -> None:
+    assert lost(sizes, 20, was_live=True) is None
+    assert lost(sizes, 20) == 2
+
+
+def test_an_attempt_that_came_to_no_request_says_nothing(sizes: BatchSizes) -> None:
+    assert lost(sizes, 500) is None
+    assert lost(sizes, 0) is None
+    assert lost(sizes, 500) == 62
+
+
+def test_what_is_not_the_brokers_doing_says_nothing(sizes: BatchSizes) -> None:
+    assert lost(sizes, 500, by_broker=False) is lost(sizes, 500, by_broker=False) is None
+    assert sizes.applied(HERE) is HERE
+
+
+def test_each_endpoint_for_itself(sizes: BatchSizes) -> None:
+    assert lost(sizes, 500) is None
+    assert lost(sizes, 500, THERE) is None
+    assert lost(sizes, 500) == 62
+    assert sizes.applied(THERE) is THERE
+    assert sizes.applied(HERE.evolve(replay_batch=8)).replay_batch == 8  # fewer than it would take
+    sizes.forget()
+    assert sizes.applied(HERE) is HERE
+
+
+def test_ever_new_endpoints_are_forgotten_some_time(sizes: BatchSizes) -> None:
+    lost(sizes, 500)
+    lost(sizes, 500)
+    for number in range(999):
+        assert sizes.applied(HERE).replay_batch == 62
+        lost(sizes, 500, HERE.evolve(endpoint=Endpoint(host=f"h{number}", port=1)))
+    lost(sizes, 500, THERE)
+    assert sizes.applied(HERE) is HERE
+
+
+# -- a driver ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["5", "3.1.1"])
+def protocol(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def largest(broker: MemoryBroker) -> int:
+    """How many filters the largest SUBSCRIBE has that came since ``broker.forget``."""
+    return max(len(packet.requests) for _, packet in broker.received if isinstance(packet, Subscribe))
+
+
+async def subscribe_all(driver: MQTTDriver, filters: list[str]) -> None:
+    async with trio.open_nursery() as nursery:
+        for topic_filter in filters:
+            nursery.start_soon(driver.subscribe, topic_filter, print)
+
+
+async def test_a_broker_that_takes_few_filters_has_all_of_them_in_the_end(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    broker = MemoryBroker(nursery, maximum_filters=8)
+    filters = [f"in/{number}" for number in range(100)]
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        with trio.fail_after(60):
+            await subscribe_all(driver, filters)
+        assert sorted(broker.subscriptions(str(driver.client_id))) == sorted(filters)
+        said = [event.text for event in driver.status().history if event.kind == "downgrade"]
+        assert [text.rsplit(": ", 1)[1] for text in said] == ["from now on they have 12", "from now on they have 1"]
+        assert "of 100 filters unanswered again" in said[0]
+        # What was learnt is not learnt again.
+        generation = driver.generation
+        broker.forget()
+        broker.drop()
+        await driver.wait_state(State.BACKING_OFF)
+        await driver.wait_live()
+        assert driver.generation == generation + 1
+        assert largest(broker) == 1
+        assert driver.status().counters["failures"] == 3
+        assert sorted(broker.subscriptions(str(driver.client_id))) == sorted(filters)
+    assert not broker.violations
+
+
+async def test_many_more_on_a_live_link(autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any) -> None:
+    broker = MemoryBroker(nursery, maximum_filters=8)
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        for number in range(8):
+            await driver.subscribe(f"early/{number}", print)
+        with trio.fail_after(60):
+            await subscribe_all(driver, [f"late/{number}" for number in range(12)])
+        assert driver.generation == 2
+        assert len(broker.subscriptions(str(driver.client_id))) == 20
+        assert driver.status().counters["failures"] == 1
+
+
+async def test_a_broker_that_only_leaves_them_unanswered(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    broker = MemoryBroker(nursery)
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        broker.faults.drop(Kind.SUBACK, times=2)
+        await subscribe_all(driver, [f"in/{number}" for number in range(100)])
+        assert driver.status().counters["failures"] == 1
+        broker.forget()
+        broker.drop()
+        await driver.wait_state(State.BACKING_OFF)
+        await driver.wait_live()
+        assert largest(broker) == 12
+
+
+async def test_one_end_in_a_replay_is_the_networks_doing(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    broker = MemoryBroker(nursery)
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await subscribe_all(driver, [f"in/{number}" for number in range(100)])
+        for _ in range(3):
+            await trio.sleep(100)
+            broker.faults.cut(Kind.SUBSCRIBE, times=1, before=True)
+            broker.drop()
+            await driver.wait_state(State.REPLAYING)
+            await driver.wait_live()
+        assert driver.status().counters["failures"] == 3
+        assert largest(broker) == 100
+        assert not [event for event in driver.status().history if event.kind == "downgrade"]
+
+
+async def test_other_settings_begin_anew(autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any) -> None:
+    broker = MemoryBroker(nursery, maximum_filters=8)
+    config = memory_config(broker, protocol=protocol)
+    async with MQTTDriver(config) as driver:
+        await subscribe_all(driver, [f"in/{number}" for number in range(20)])
+        assert largest(broker) == 20
+        broker.options.maximum_filters = None
+        broker.forget()
+        driver.apply_settings(config.evolve(replay_batch=19))
+        await driver.wait_live()
+        assert largest(broker) == 19
+
+
+async def test_what_leaves_a_session_that_lasts_leaves_in_small_packets_too(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    broker = MemoryBroker(nursery, maximum_filters=8)
+    config = memory_config(broker, protocol=protocol, stable_id=True, replay_batch=8)
+    async with MQTTDriver(config) as driver:
+        subscriptions = [await driver.subscribe(f"in/{number}", print) for number in range(20)]
+        driver.apply_settings(config.evolve(replay_batch=500))
+        await driver.wait_live()
+        with trio.fail_after(60):
+            async with trio.open_nursery() as unsubscribing:
+                for subscription in subscriptions:
+                    unsubscribing.start_soon(driver.unsubscribe, subscription)
+        assert not broker.subscriptions("driver")
+        assert max(len(packet.topic_filters) for _, packet in broker.received if isinstance(packet, Unsubscribe)) == 20
+    assert not broker.violations
