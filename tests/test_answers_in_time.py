@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
 from tests.peers import memory_config, pings
-from tests.stable import stable_config
+from tests.stable import QUICK, stable_config
 from trio_mqtt_driver import BackoffConfig, Message, MQTTDriver, Overflow, State
+from trio_mqtt_driver._connection import Connection
 from trio_mqtt_driver._deadlines import CLOCKS_EVERY
 from trio_mqtt_driver.testing import Kind, MemoryBroker
 
@@ -128,3 +132,47 @@ async def test_an_acknowledgement_that_is_late_when_the_link_goes_live_is_asked_
         await settled()
         assert pings(broker) == 1
         assert trio.current_time() == pytest.approx(began + 3.2)
+
+
+class Busy(trio.abc.Instrument):
+    """The process has something else to do for two seconds, as soon as the reader has taken in what is waited for."""
+
+    def __init__(self, clock: MockClock) -> None:
+        self.waits: Callable[[], int] | None = None
+        self._clock = clock
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if self.waits is not None and not self.waits() and task.name.endswith("_loop_read"):
+            self.waits = None
+            self._clock.jump(2)
+
+
+@pytest.mark.parametrize("held, state", [(Kind.PUBACK, State.VALIDATING), (Kind.SUBACK, State.REPLAYING)])
+async def test_an_answer_that_is_there_is_not_late_because_nobody_came_to_take_it(
+    autojump_clock: MockClock, broker: MemoryBroker, held: Kind, state: State
+) -> None:
+    """Whoever waits for it is woken in the same turn as the timer."""
+    busy = Busy(autojump_clock)
+    trio.lowlevel.add_instrument(busy)
+    config = memory_config(broker, subscribe_timeout=5, probe_timeout=5, keep_alive=0, backoff=QUICK)
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("a", print)
+        for _ in range(20):  # the order in a turn is random
+            with broker.faults.hold(held):
+                broker.drop()
+                await driver.wait_state(state)
+                began = trio.current_time()
+                await trio.sleep(4)
+                connection = driver._supervisor.connection
+                assert connection is not None
+                busy.waits = partial(waits, connection)
+                assert busy.waits()
+            await driver.wait_live()
+            assert trio.current_time() == began + 6
+        assert driver.status().counters["failures"] == 0
+    trio.lowlevel.remove_instrument(busy)
+
+
+def waits(connection: Connection) -> int:
+    """How many answers are not there."""
+    return connection.sender.in_flight + connection.unanswered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections.abc import Generator
 
 import pytest
@@ -11,7 +12,7 @@ import trio
 import trio.testing
 
 from tests.peers import memory_config
-from trio_mqtt_driver import MQTTDriver, ReasonCode, RefusedError, State
+from trio_mqtt_driver import Message, MQTTDriver, Overflow, ReasonCode, RefusedError, State
 from trio_mqtt_driver.testing import Auth, AuthenticationRefusedError, Kind, MemoryBroker
 
 KEY = b"the key"
@@ -105,6 +106,64 @@ async def test_the_exchange_is_bounded_by_the_connect_timeout(
             await trio.sleep(7.01)
             assert driver.state is State.BACKING_OFF
             assert "connect_timeout=7" in str(driver.status().last_error)
+
+
+class Slow(Hmac):
+    """Its last word on the ``number``-th connection takes a while."""
+
+    connections = 0
+    number = 1
+    seconds = math.inf
+    shield = False
+
+    async def finish(self, data: bytes | None) -> None:
+        type(self).connections += 1
+        with trio.CancelScope(shield=self.shield):
+            if self.connections == self.number:
+                await trio.sleep(self.seconds)
+            await super().finish(data)
+
+
+async def test_the_exchange_is_bounded_also_while_there_is_no_room_for_the_messages_that_came_with_its_end(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    class Stuck(Slow):
+        number = 3  # after the one that wipes the session, and the first that is live
+
+    async def slow(message: Message[bytes]) -> None:
+        await trio.sleep(300)
+
+    broker = MemoryBroker(nursery, authenticate=challenge)
+    config = memory_config(broker, authenticator=Stuck, stable_id=True, connect_timeout=7)
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("in", slow, qos=1, overflow=Overflow.BLOCK, queue_messages=1)
+        await trio.sleep(100)
+        broker.stop()
+        for _ in range(5):
+            broker.publish("in", b"", qos=1)
+        broker.start()
+        await driver.wait_state(State.CONNECTING)
+        while Stuck.connections < 3:
+            await trio.sleep(0.1)
+        began = trio.current_time()
+        await driver.wait_state(State.BACKING_OFF)
+        assert began + 5 < trio.current_time() <= began + 7
+        assert "no CONNACK" in str(driver.status().last_error)
+
+
+async def test_an_authenticator_that_cannot_be_cancelled_may_take_longer(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """As one that waits for a thread: else no attempt would ever succeed."""
+
+    class Stubborn(Slow):
+        seconds = 9.0
+        shield = True
+
+    broker = MemoryBroker(nursery, authenticate=challenge)
+    async with MQTTDriver(memory_config(broker, authenticator=Stubborn, connect_timeout=7)) as driver:
+        assert driver.status().counters["failures"] == 0
+        assert trio.current_time() == 10
 
 
 async def test_another_method_or_an_unexpected_auth_is_a_protocol_error(

@@ -474,12 +474,15 @@ class Connection:
     async def _timer_loop(self) -> None:
         while True:
             with self._timer:
+                for late in self.deadlines.missed(trio.current_time()):
+                    late()
                 self._look()
                 await trio.sleep_forever()
             self._timer = trio.CancelScope()
+            await trio.lowlevel.checkpoint()  # whoever has an answer, and has not come to take it, is not late
 
     def _look(self) -> None:
-        """Do what is due, and have the timer look again when something may be."""
+        """Do what is due on the link itself, and have the timer look again when something may be."""
         now = trio.current_time()
         remark = self.deadlines.observe(now, self.config.wall_clock(), self.sender.oldest_sent_at)
         if remark is not None:
@@ -487,8 +490,6 @@ class Connection:
             self._on_remark(remark)
         if self.deadlines.ping_due(now):
             self.ping()
-        for late in self.deadlines.missed(now):
-            late()
         error = self.deadlines.overdue(now)
         if error is not None:
             self.fail(error)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import trio
 
 from ._config import TERMINAL_REFUSALS
@@ -52,14 +50,15 @@ async def handshake(connection: Connection) -> None:
 
 
 async def handshake_by(connection: Connection, deadline: float) -> None:
-    """The same until ``deadline`` on Trio's clock; then the connection ends with a ``TransportError``."""
+    """The same until ``deadline`` on Trio's clock; then ``TransportError``.
+
+    That is not left to the connection's timer, as other answers are: the application's authenticator is bounded, too,
+    and so is a handshake whose end lies behind messages for which there is no room.
+    """
+    with trio.move_on_at(deadline):
+        return await handshake(connection)
     config = connection.config
-
-    def late() -> None:
-        words = f"no CONNACK from {config.endpoint} in connect_timeout={config.connect_timeout:g} s"
-        connection.fail(TransportError(words))
-
-    await connection.within(deadline - trio.current_time(), partial(handshake, connection), late)
+    raise TransportError(f"no CONNACK from {config.endpoint} in connect_timeout={config.connect_timeout:g} s")
 
 
 def _check(connection: Connection, answer: ConnAck) -> None:
