@@ -116,10 +116,14 @@ class Slow(Hmac):
     seconds = math.inf
     shield = False
 
+    @classmethod
+    def begins(cls) -> None: ...
+
     async def finish(self, data: bytes | None) -> None:
         type(self).connections += 1
         with trio.CancelScope(shield=self.shield):
             if self.connections == self.number:
+                self.begins()
                 await trio.sleep(self.seconds)
             await super().finish(data)
 
@@ -127,8 +131,14 @@ class Slow(Hmac):
 async def test_the_exchange_is_bounded_also_while_there_is_no_room_for_the_messages_that_came_with_its_end(
     autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:
+    stuck = trio.Event()
+
     class Stuck(Slow):
         number = 3  # after the one that wipes the session, and the first that is live
+
+        @classmethod
+        def begins(cls) -> None:
+            stuck.set()
 
     async def slow(message: Message[bytes]) -> None:
         await trio.sleep(300)
@@ -142,9 +152,7 @@ async def test_the_exchange_is_bounded_also_while_there_is_no_room_for_the_messa
         for _ in range(5):
             broker.publish("in", b"", qos=1)
         broker.start()
-        await driver.wait_state(State.CONNECTING)
-        while Stuck.connections < 3:
-            await trio.sleep(0.1)
+        await stuck.wait()
         began = trio.current_time()
         await driver.wait_state(State.BACKING_OFF)
         assert began + 5 < trio.current_time() <= began + 7
