@@ -37,7 +37,7 @@ async def probe(connection: Connection) -> str:
     except ValueError as exc:
         raise ProbeError(f"the client ID {connection.client_id[:60]!r} makes no probe topic: {exc}") from exc
     test = _echo if config.probe == "echo" else _publish
-    # As long as for an answer, since a session that goes on may have a backlog that comes first.
+    # No fixed deadline: a session that goes on may have a backlog first, and reading may pause over it.
     await _in_time(connection, partial(test, connection, topic), f"the test publish to {topic!r} was not acknowledged")
     return f"test publish to {topic!r} acknowledged in {connection.round_trip or 0:.3f} s"
 
