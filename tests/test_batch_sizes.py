@@ -24,8 +24,10 @@ def sizes() -> BatchSizes:
     return BatchSizes()
 
 
-def lost(sizes: BatchSizes, unanswered: int, config: DriverConfig = HERE, **how: bool) -> int | None:
-    return sizes.ended(config, unanswered, **{"by_broker": True, "was_live": False, **how})
+def lost(
+    sizes: BatchSizes, unanswered: int, config: DriverConfig = HERE, answered: int = 1, by_broker: bool = True
+) -> int | None:
+    return sizes.ended(config, unanswered, answered, by_broker=by_broker)
 
 
 def test_without_a_reason_the_options_hold(sizes: BatchSizes) -> None:
@@ -41,15 +43,25 @@ def test_two_ends_in_a_row_over_a_request_make_it_an_eighth(sizes: BatchSizes) -
     assert lost(sizes, 1) is lost(sizes, 1) is None  # then it is not their number
 
 
-def test_a_link_in_between_says_that_the_number_is_right(sizes: BatchSizes) -> None:
+def test_as_many_that_were_answered_in_between_say_that_the_number_is_right(sizes: BatchSizes) -> None:
     assert lost(sizes, 500) is None
-    assert lost(sizes, 0, was_live=True) is None
+    assert lost(sizes, 0, answered=500) is None
     assert lost(sizes, 500) is None
+    assert lost(sizes, 0, answered=499) is None
+    assert lost(sizes, 500) == 62
 
 
-def test_a_request_on_a_live_link_counts_as_the_first(sizes: BatchSizes) -> None:
-    assert lost(sizes, 20, was_live=True) is None
-    assert lost(sizes, 20) == 2
+def test_as_many_that_were_answered_before_are_not_the_reason(sizes: BatchSizes) -> None:
+    assert [lost(sizes, 20, answered=answered) for answered in (20, 20, 21, 20)] == [None] * 4
+    assert [lost(sizes, 20, answered=19) for _ in range(2)] == [None, 2]
+
+
+def test_the_least_that_was_not_answered_must_be(sizes: BatchSizes) -> None:
+    assert lost(sizes, 20) is None
+    assert lost(sizes, 0, answered=20) is None
+    assert lost(sizes, 30) is None
+    assert lost(sizes, 0, answered=29) is None
+    assert lost(sizes, 400) == 50
 
 
 def test_an_attempt_that_came_to_no_request_says_nothing(sizes: BatchSizes) -> None:
@@ -113,7 +125,7 @@ async def test_a_broker_that_takes_few_filters_has_all_of_them_in_the_end(
         assert sorted(broker.subscriptions(str(driver.client_id))) == sorted(filters)
         said = [event.text for event in driver.status().history if event.kind == "downgrade"]
         assert [text.rsplit(": ", 1)[1] for text in said] == ["from now on they have 12", "from now on they have 1"]
-        assert "of 100 filters unanswered again" in said[0]
+        assert "of 100 filters unanswered, and not for the first time" in said[0]
         # What was learnt is not learnt again.
         generation = driver.generation
         broker.forget()
@@ -152,6 +164,48 @@ async def test_a_broker_that_only_leaves_them_unanswered(
         await driver.wait_state(State.BACKING_OFF)
         await driver.wait_live()
         assert largest(broker) == 12
+
+
+async def test_who_gives_up_before_the_link_is_back_gets_there_too(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    """Each link is live in between, and answers the little that it replays."""
+    broker = MemoryBroker(nursery, maximum_filters=8)
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        for _ in range(3):
+            with trio.move_on_after(0.01):  # shorter than any back-off
+                await subscribe_all(driver, [f"in/{number}" for number in range(20)])
+            await trio.sleep(100)
+            if len(broker.subscriptions(str(driver.client_id))) == 20:
+                break
+        assert driver.status().counters["losses"] == 2
+
+
+async def test_many_that_leave_a_live_link_at_once(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    broker = MemoryBroker(nursery, maximum_filters=8)
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        for _ in range(4):
+            filters = [f"in/{number}" for number in range(20)]
+            for topic_filter in filters:
+                await driver.subscribe(topic_filter, print)
+            async with trio.open_nursery() as unsubscribing:
+                for topic_filter in filters:
+                    unsubscribing.start_soon(driver.unsubscribe, topic_filter)
+            await trio.sleep(100)
+        assert driver.status().counters["losses"] == 2
+
+
+async def test_a_broker_that_takes_one_filter_is_asked_whether_it_sends_copies_too(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    broker = MemoryBroker(nursery, maximum_filters=1, identifiers_available=False)
+    async with MQTTDriver(memory_config(broker, protocol=protocol, replay_batch=1)) as driver:
+        for topic_filter in ("a/#", "a/+"):
+            await driver.subscribe(topic_filter, print)
+        assert driver.status().counters["losses"] == 0
+        assert not [event for event in driver.status().history if event.kind == "downgrade"]
 
 
 async def test_one_end_in_a_replay_is_the_networks_doing(

@@ -127,6 +127,8 @@ class Connection:
         self._timer = trio.CancelScope()
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
         self._requests: dict[int, Request] = {}
+        self.answered = 0
+        """How many filters the largest SUBSCRIBE or UNSUBSCRIBE has had that was answered; ``unanswered``, if not."""
         self._closing = False
         self._eof = trio.Event()
 
@@ -249,10 +251,7 @@ class Connection:
         return self._request(packet_id, packet, Request(len(filters), unsubscribe=True, reply=Reply()))
 
     async def within(self, seconds: float, wait: Callable[[], Awaitable[T]], late: Callable[[], object]) -> T:
-        """Wait for an answer; if it takes longer, ``late`` is called, and must end the wait.
-
-        While reading pauses no time passes, and after that it begins anew.
-        """
+        """Wait for an answer. If it takes longer, not counting pauses of reading, ``late`` must end the wait."""
         answer = self.deadlines.begin(trio.current_time(), seconds, late)
         self._expect_by(answer.by)
         try:
@@ -262,7 +261,6 @@ class Connection:
 
     @property
     def unanswered(self) -> int:
-        """How many filters the largest SUBSCRIBE or UNSUBSCRIBE has that was not answered."""
         return max((request.filters for request in self._requests.values()), default=0)
 
     def _request(self, packet_id: int, packet: bytes, request: Request) -> Reply[tuple[ReasonCode, ...]]:
@@ -462,6 +460,7 @@ class Connection:
             raise ProtocolError(
                 f"protocol error: {len(codes)} reason codes for {request.filters} topic filters [MQTT-3.8.4-6]"
             )
+        self.answered = max(self.answered, request.filters)
         request.reply.set(codes)
 
     # -- the timer ----------------------------------------------------------------------------------------------------

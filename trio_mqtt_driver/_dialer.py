@@ -137,13 +137,13 @@ class Dialer:
         fewer = self._batch_sizes.ended(
             connection.config,
             connection.unanswered,
+            connection.answered,
             by_broker=blames_us(cause) or isinstance(cause, AckTimeoutError),
-            was_live=connection.deadlines.live,
         )
         if fewer is not None:
             self._on_downgrade(
                 f"{connection.config.endpoint} left a SUBSCRIBE or UNSUBSCRIBE of {connection.unanswered} filters "
-                f"unanswered again and ended the connection: from now on they have {fewer}"
+                f"unanswered, and not for the first time: from now on they have {fewer}"
             )
 
     def forget(self) -> None:
