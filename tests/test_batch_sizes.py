@@ -36,7 +36,7 @@ def test_without_a_reason_the_options_hold(sizes: BatchSizes) -> None:
     assert sizes.applied(HERE) is HERE
 
 
-def test_two_ends_in_a_row_over_a_request_make_it_an_eighth(sizes: BatchSizes) -> None:
+def test_two_ends_over_a_request_make_it_an_eighth(sizes: BatchSizes) -> None:
     found = [lost(sizes, unanswered) for unanswered in (500, 500, 62, 62, 7, 7)]
     assert found == [None, 62, None, 7, None, 1]
     assert sizes.applied(HERE) == HERE.evolve(replay_batch=1)

@@ -3,7 +3,7 @@
 Brokers have limits that no packet announces. AWS IoT Core takes 8 filters, and closes the connection; whoever tries it
 again with as many is never live. So when two connections end with a request for several filters unanswered, and no
 other has shown that the broker takes so many, there are only an eighth of them in a packet from then on. One such end
-may be the network's doing; and if two are, all that is lost is a little time.
+may be the network's doing. Hazard: so may two be, and then replays take longer than they need, for good.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ._config import DriverConfig, Endpoint
 
 _MOST = 1000
 """Endpoints to know of: an options_factory or a broker may name ever new ones."""
-_IN_A_ROW = 2
+_SUSPICIOUS = 2
 _STEP = 8
 
 
@@ -44,7 +44,7 @@ class BatchSizes:
             count, least = 0, unanswered
         if unanswered < 2 or answered >= unanswered or not by_broker:
             return None
-        if count + 1 < _IN_A_ROW:
+        if count + 1 < _SUSPICIOUS:
             self._suspicions[endpoint] = (count + 1, min(least, unanswered))
             return None
         self._suspicions.pop(endpoint, None)

@@ -11,7 +11,8 @@ loop that was blocked while the answer lay in the socket; and after a suspension
 also jumps when it is set. So a link that answers is never ended because of a clock.
 
 While reading is paused the answers lie unread on our side: only the first clock runs. The same before the link is
-live, where each step (CONNACK, test publish, replay) has a deadline of its own, and an error that names it.
+live, where each step has a deadline of its own, and an error that names it: that of CONNACK is kept by whoever waits
+for it, those of the test publish and of each SUBSCRIBE and UNSUBSCRIBE, live or not, are kept here (``begin``).
 """
 
 from __future__ import annotations
