@@ -15,6 +15,6 @@ hypothesis.settings.load_profile("gate" if os.environ.get("CI") else "look")
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of collected tests are looked through by each ``gc.collect()`` of a test, a third of some tests' time."""
+    """Each ``gc.collect()`` of a test would look through thousands of tests: a third of the long ones' time."""
     gc.collect()
     gc.freeze()

@@ -25,21 +25,30 @@ def sizes() -> BatchSizes:
 
 
 def lost(
-    sizes: BatchSizes, unanswered: int, config: DriverConfig = HERE, answered: int = 1, by_broker: bool = True
+    sizes: BatchSizes,
+    unanswered: int,
+    config: DriverConfig = HERE,
+    answered: int = 1,
+    by_broker: bool = True,
+    now: float = 0,
 ) -> int | None:
-    return sizes.ended(config, unanswered, answered, by_broker=by_broker)
+    return sizes.ended(config, now, unanswered, answered, by_broker=by_broker)
+
+
+def size(sizes: BatchSizes, now: float = 0, config: DriverConfig = HERE) -> int:
+    return sizes.applied(config, now).replay_batch
 
 
 def test_without_a_reason_the_options_hold(sizes: BatchSizes) -> None:
-    assert sizes.applied(HERE) is HERE
+    assert sizes.applied(HERE, 0) is HERE
     assert lost(sizes, 500) is None
-    assert sizes.applied(HERE) is HERE
+    assert sizes.applied(HERE, 0) is HERE
 
 
 def test_two_ends_over_a_request_make_it_an_eighth(sizes: BatchSizes) -> None:
     found = [lost(sizes, unanswered) for unanswered in (500, 500, 62, 62, 7, 7)]
     assert found == [None, 62, None, 7, None, 1]
-    assert sizes.applied(HERE) == HERE.evolve(replay_batch=1)
+    assert sizes.applied(HERE, 0) == HERE.evolve(replay_batch=1)
     assert lost(sizes, 1) is lost(sizes, 1) is None  # then it is not their number
 
 
@@ -72,27 +81,74 @@ def test_an_attempt_that_came_to_no_request_says_nothing(sizes: BatchSizes) -> N
 
 def test_what_is_not_the_brokers_doing_says_nothing(sizes: BatchSizes) -> None:
     assert lost(sizes, 500, by_broker=False) is lost(sizes, 500, by_broker=False) is None
-    assert sizes.applied(HERE) is HERE
+    assert sizes.applied(HERE, 0) is HERE
 
 
 def test_each_endpoint_for_itself(sizes: BatchSizes) -> None:
     assert lost(sizes, 500) is None
     assert lost(sizes, 500, THERE) is None
     assert lost(sizes, 500) == 62
-    assert sizes.applied(THERE) is THERE
-    assert sizes.applied(HERE.evolve(replay_batch=8)).replay_batch == 8  # fewer than it would take
+    assert sizes.applied(THERE, 0) is THERE
+    assert size(sizes, config=HERE.evolve(replay_batch=8)) == 8  # fewer than it would take
     sizes.forget()
-    assert sizes.applied(HERE) is HERE
+    assert sizes.applied(HERE, 0) is HERE
+
+
+HOUR = 3600
+
+
+def learnt(unanswered: int, now: float = 0) -> BatchSizes:
+    sizes = BatchSizes()
+    lost(sizes, unanswered, now=now)
+    lost(sizes, unanswered, now=now)
+    return sizes
+
+
+def test_after_an_hour_eight_times_as_many_are_tried() -> None:
+    sizes = learnt(500, 5 * HOUR)
+    assert [size(sizes, now) for now in (5 * HOUR, 6 * HOUR - 1, 6 * HOUR, 10 * HOUR)] == [62, 62, 496, 496]
+    assert lost(sizes, 0, answered=496, now=10 * HOUR) is None
+    assert [size(sizes, now) for now in (11 * HOUR - 1, 11 * HOUR)] == [496, 500]
+
+
+def test_a_try_that_fails_is_one_and_the_next_is_later() -> None:
+    sizes = learnt(64)
+    now, holds = 0, []
+    for _ in range(10):
+        hold = next(hours for hours in range(1, 1000) if size(sizes, now + hours * HOUR) == 64)
+        assert size(sizes, now + hold * HOUR - 1) == 8
+        holds.append(hold)
+        now += hold * HOUR
+        assert lost(sizes, 64, now=now) == 8
+    assert holds == [1, 2, 4, 8, 16, 32, 64, 128, 168, 168]  # a week at most
+    assert lost(sizes, 8, answered=8, now=now) is None
+    assert lost(sizes, 8, now=now) is None
+    assert lost(sizes, 8, now=now) == 1  # less is still found out as before
+    assert size(sizes, now + HOUR) == 8
+
+
+def test_a_try_that_works_begins_with_an_hour_again() -> None:
+    sizes = learnt(64)
+    lost(sizes, 64, now=HOUR)
+    assert lost(sizes, 0, answered=64, now=3 * HOUR) is None
+    assert [size(sizes, now) for now in (4 * HOUR - 1, 4 * HOUR)] == [64, 500]
+
+
+@pytest.mark.parametrize("unanswered, answered, by_broker", [(0, 0, True), (8, 8, True), (64, 8, False)])
+def test_a_try_goes_on_until_something_is_known(unanswered: int, answered: int, by_broker: bool) -> None:
+    sizes = learnt(64)
+    assert lost(sizes, unanswered, answered=answered, by_broker=by_broker, now=HOUR) is None
+    assert size(sizes, HOUR) == 64
 
 
 def test_ever_new_endpoints_are_forgotten_some_time(sizes: BatchSizes) -> None:
     lost(sizes, 500)
     lost(sizes, 500)
     for number in range(999):
-        assert sizes.applied(HERE).replay_batch == 62
+        assert size(sizes) == 62
         lost(sizes, 500, HERE.evolve(endpoint=Endpoint(host=f"h{number}", port=1)))
     lost(sizes, 500, THERE)
-    assert sizes.applied(HERE) is HERE
+    assert sizes.applied(HERE, 0) is HERE
 
 
 # -- a driver ---------------------------------------------------------------------------------------------------------
@@ -124,7 +180,7 @@ async def test_a_broker_that_takes_few_filters_has_all_of_them_in_the_end(
             await subscribe_all(driver, filters)
         assert sorted(broker.subscriptions(str(driver.client_id))) == sorted(filters)
         said = [event.text for event in driver.status().history if event.kind == "downgrade"]
-        assert [text.rsplit(": ", 1)[1] for text in said] == ["from now on they have 12", "from now on they have 1"]
+        assert [text.rsplit(": ", 1)[1] for text in said] == ["for now they have 12", "for now they have 1"]
         assert "of 100 filters unanswered, and not for the first time" in said[0]
         # What was learnt is not learnt again.
         generation = driver.generation
@@ -136,6 +192,32 @@ async def test_a_broker_that_takes_few_filters_has_all_of_them_in_the_end(
         assert largest(broker) == 1
         assert driver.status().counters["failures"] == 3
         assert sorted(broker.subscriptions(str(driver.client_id))) == sorted(filters)
+    assert not broker.violations
+
+
+async def test_packets_grow_to_what_a_broker_takes(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    broker = MemoryBroker(nursery, maximum_filters=8)
+    filters = [f"in/{number}" for number in range(100)]
+
+    async def cut(driver: MQTTDriver) -> None:
+        broker.forget()
+        broker.drop()
+        await driver.wait_state(State.BACKING_OFF)
+        await driver.wait_live()
+        assert sorted(broker.subscriptions(str(driver.client_id))) == sorted(filters)
+
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await subscribe_all(driver, filters)
+        found: list[tuple[int, int]] = []
+        for hours in (0, 1, 1, 1, 1, 1, 1):
+            await trio.sleep(hours * 3600)
+            failures = driver.status().counters["failures"]
+            await cut(driver)
+            found.append((largest(broker), driver.status().counters["failures"] - failures))
+        # That 8 are taken counts when the link ends. Then 64 are tried in vain, and two hours later again.
+        assert found == [(1, 0), (8, 0), (8, 0), (64, 1), (8, 0), (64, 1), (8, 0)]
     assert not broker.violations
 
 

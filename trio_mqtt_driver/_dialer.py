@@ -100,9 +100,10 @@ class Dialer:
     async def _run(
         self, config: DriverConfig, version: int, client_id: str, generation: int, session: Session, life: Life
     ) -> None:
-        deadline = trio.current_time() + config.connect_timeout
+        now = trio.current_time()
+        deadline = now + config.connect_timeout
         lasting = session.established or session.wiped
-        config = self._batch_sizes.applied(config)
+        config = self._batch_sizes.applied(config, now)
         self.connection = connection = Connection(
             await open_stream_by(config, deadline, self._rng if self._attempts.number > 1 else None),
             config,
@@ -136,6 +137,7 @@ class Dialer:
     def _judge(self, connection: Connection, cause: MQTTDriverError | None) -> None:
         fewer = self._batch_sizes.ended(
             connection.config,
+            trio.current_time(),
             connection.unanswered,
             connection.answered,
             by_broker=blames_us(cause) or isinstance(cause, AckTimeoutError),
@@ -143,7 +145,7 @@ class Dialer:
         if fewer is not None:
             self._on_downgrade(
                 f"{connection.config.endpoint} left a SUBSCRIBE or UNSUBSCRIBE of {connection.unanswered} filters "
-                f"unanswered, and not for the first time: from now on they have {fewer}"
+                f"unanswered, and not for the first time: for now they have {fewer}"
             )
 
     def forget(self) -> None:
