@@ -262,6 +262,7 @@ class Bench:
 async def benches(nursery: trio.Nursery) -> AsyncGenerator[Bench, None]:
     async with pair() as (stream, theirs):
         bench = Bench(stream, theirs)
+        bench.writer.go_live()
         await nursery.start(bench.run)
         await settled()
         yield bench
@@ -276,6 +277,32 @@ async def test_the_first_publish_on_a_quiet_link_is_written_at_once(
         assert bench.theirs.recv(10) == b"one"
         assert bench.flushes == [(0, True)]
         assert (bench.writer.flushed, bench.counters.bytes_out) == (3, 3)
+
+
+async def test_before_the_link_is_live_all_are_and_a_row_of_them_in_one_piece(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with pair() as (stream, theirs):
+        bench = Bench(stream, theirs)
+        await nursery.start(bench.run)
+        await settled()
+        for packet in (b"CONNECT", b"PUBLISH"):
+            bench.writer.write(packet)
+            assert bench.arrived() == packet
+        held = bench.writer.hold()
+        for packet in (b"SUBSCRIBE", b"SUBSCRIBE again"):
+            bench.writer.write(packet)
+            assert bench.arrived() == b""
+        assert held
+        bench.writer.let_go()
+        assert bench.arrived() == b"SUBSCRIBESUBSCRIBE again"
+        assert len(bench.flushes) == 3
+        bench.writer.go_live()
+        bench.writer.write(b"PINGREQ")
+        assert bench.arrived() == b""
+        await settled()
+        assert bench.arrived() == b"PINGREQ"
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_follows_within_a_millisecond_is_the_task_s(mock_clock: MockClock, nursery: trio.Nursery) -> None:
@@ -588,4 +615,38 @@ async def test_a_driver_has_each_read_acknowledged(
             while len(got) <= number:  # noqa: ASYNC110  # turns are waited for
                 await trio.lowlevel.checkpoint()
             assert told == before + 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_way_to_a_live_link_takes_three_writes_and_no_turn_of_the_writer(
+    monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    written: list[bytes] = []
+    write = DirectSocket.write
+
+    def noting(self: DirectSocket, data: bytes) -> int:
+        written.append(data)
+        return write(self, data)
+
+    broker = MemoryBroker(nursery)
+    config = memory_config(broker, open_stream=None, endpoint=Endpoint(host="127.0.0.1", port=await broker.listen()))
+    async with MQTTDriver(config.evolve(replay_batch=10)) as driver:
+        async with trio.open_nursery() as subscribing:
+            for number in range(100):
+                subscribing.start_soon(driver.subscribe, f"in/{number}", print)
+        monkeypatch.setattr(DirectSocket, "write", noting)
+        monkeypatch.setattr(Writer, "_send", None)
+        mock_clock.jump(1)  # so that the link is quiet
+        driver.force_reconnect("to see the way", even_if_live=True)
+        await driver.wait_live()
+        monkeypatch.undo()
+        assert [data[0] >> 4 for data in written] == [14, 1, 3, 8]  # DISCONNECT, CONNECT, PUBLISH, SUBSCRIBE
+        assert sum(data.count(b"in/") for data in written[-1:]) == 100
+        assert len(broker.subscriptions(str(driver.client_id))) == 100
+        # On the live link what follows is the writer's, who sends many with one call.
+        written.clear()
+        monkeypatch.setattr(DirectSocket, "write", noting)
+        for _ in range(5):
+            driver.publish_nowait("a")
+        assert len(written) <= 1
         nursery.cancel_scope.cancel()

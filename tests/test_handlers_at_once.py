@@ -1,6 +1,6 @@
 """A message that comes alone is handed to the handler by the reader, and all else is as if its task had done it.
 
-That needs a topic that is known by heart, so each test begins with a few messages (``WARM``).
+The quickest way of a message needs a topic that is known by heart, so most tests begin with a few (``WARM``).
 """
 
 from __future__ import annotations
@@ -58,12 +58,36 @@ async def test_a_message_that_comes_alone_needs_no_turn_of_the_handlers_task(
     async with MQTTDriver(memory_config(broker)) as driver:
         subscription = await driver.subscribe("a", lambda message: seen.append((message.value, by_reader())), qos=qos)
         await one_by_one(broker, *WARM, b"1", b"2", qos=qos)
-        assert seen[0] == (b"0", False)
-        assert seen[4:] == [(b"1", qos < 2), (b"2", qos < 2)]  # QoS 2 takes the long way
+        assert seen == [(payload, True) for payload in (*WARM, b"1", b"2")]
         statistics = subscription.statistics()
         assert (statistics.received, statistics.delivered, statistics.queued) == (6, 6, 0)
         assert driver.status().unacknowledged == 0
         assert pubacks(broker) == (6 if qos == 1 else 0)
+
+
+async def test_a_retained_message_that_comes_with_the_suback_does_not_either(
+    autojump_clock: MockClock, broker: MemoryBroker
+) -> None:
+    seen: list[tuple[bytes, bool, bool]] = []
+    broker.publish("a", b"1", retain=True)
+    async with MQTTDriver(memory_config(broker)) as driver:
+        await driver.subscribe("a", lambda message: seen.append((message.value, message.replayed, by_reader())))
+        await settled()
+        broker.drop()
+        await driver.wait_state(State.BACKING_OFF)
+        await driver.wait_live()
+        await settled()
+        assert seen == [(b"1", False, True), (b"1", True, True)]
+
+
+async def test_one_for_two_subscriptions_is_their_tasks(autojump_clock: MockClock, broker: MemoryBroker) -> None:
+    """The reader is to be held up by one handler at most."""
+    seen: list[bool] = []
+    async with MQTTDriver(memory_config(broker)) as driver:
+        for topic_filter in ("a", "+"):
+            await driver.subscribe(topic_filter, lambda _: seen.append(by_reader()))
+        await one_by_one(broker, b"1", b"2")
+        assert seen == [False] * 4
 
 
 async def test_of_several_that_come_together_none_is_the_readers(
@@ -89,6 +113,28 @@ async def test_of_several_that_come_together_none_is_the_readers(
             broker.publish("b", b"4")
         await settled()
         assert seen == [False] * 10
+
+
+@pytest.mark.parametrize("retain", [False, True])
+async def test_nor_of_several_of_new_topics(autojump_clock: MockClock, broker: MemoryBroker, retain: bool) -> None:
+    seen: list[bool] = []
+    topics = [f"a/{number}" for number in range(5)]
+    if retain:
+        for topic in topics:
+            broker.publish(topic, b"1", retain=True)
+    async with MQTTDriver(memory_config(broker)) as driver:
+        await driver.subscribe("a/+", lambda _: seen.append(by_reader()))
+        if not retain:
+            for topic in topics:
+                broker.publish(topic, b"1")
+        await settled()
+        assert seen == [False] * 5
+        seen.clear()
+        await driver.subscribe("b", print)  # the way of each topic is looked up again
+        for topic in topics:
+            broker.publish(topic, b"2")
+        await settled()
+        assert seen == [False] * 5
 
 
 @pytest.mark.parametrize("portal", [False, True])

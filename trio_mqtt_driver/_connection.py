@@ -105,15 +105,10 @@ class Connection:
         self.ended = False
         """Whether nothing can be sent or acknowledged on it any more."""
         self._warned: set[str] = set()
-        self._writer = Writer(stream, counters, self._flushed)
+        self._writer = writer = Writer(stream, counters, self._flushed)
+        self.hold, self.let_go = writer.hold, writer.let_go
         self.receiver = Receiver(
-            config,
-            session,
-            self._writer,
-            counters,
-            version=version,
-            expect_by=self._expect_by,
-            warn_once=self._warn_once,
+            config, session, writer, counters, version=version, expect_by=self._expect_by, warn_once=self._warn_once
         )
         self._reader = PacketReader(
             version=version,
@@ -122,7 +117,7 @@ class Connection:
             generation=generation,
             source=self.receiver,
         )
-        self.sender = Sender(config, session, self._writer, outbox, counters, version=version, generation=generation)
+        self.sender = Sender(config, session, writer, outbox, counters, version=version, generation=generation)
         self.deadlines = Deadlines(config, trio.current_time(), config.wall_clock())
         self._timer = trio.CancelScope()
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
@@ -299,6 +294,7 @@ class Connection:
     def go_live(self) -> None:
         """The subscriptions are there: from now on publishes go out, and their acknowledgements may be overdue."""
         self.deadlines.live = True
+        self._writer.go_live()
         self._look()
         self.sender.go_live()
 

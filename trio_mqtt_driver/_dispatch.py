@@ -83,8 +83,9 @@ class Dispatcher:
         if plain_size is not None and not copies:
             self._deliver_plain(messages, plain_size)
         else:
+            alone = len(messages) == 1
             for message in messages:
-                self._deliver(message, self._targets_of(message), copies=copies)
+                self._deliver(message, self._targets_of(message), copies=copies, alone=alone)
 
     def _deliver_plain(self, messages: list[Message[Any]], size: int) -> None:
         """Messages that come after one another for one subscription alone are put there together."""
@@ -106,7 +107,7 @@ class Dispatcher:
                 targets = self._targets_of(message)
                 if len(targets) == 1 and message.topic in self._targets:
                     sole = self._note_sole(properties.subscription_identifiers, message.topic, targets[0][1])
-                self._deliver(message, targets, copies=False)
+                self._deliver(message, targets, copies=False, alone=len(messages) == 1)
         if owner is not None:
             if begin:
                 self._put_row(owner, messages[begin:])
@@ -135,11 +136,11 @@ class Dispatcher:
             targets = tuple(one for one in targets if one[0].identifier is None or one[0].identifier in identifiers)
         return targets
 
-    def _deliver(self, message: Message[Any], targets: tuple[Target, ...], *, copies: bool) -> None:
+    def _deliver(self, message: Message[Any], targets: tuple[Target, ...], *, copies: bool, alone: bool) -> None:
         if copies and len(targets) > 1 and not message.retain:
             targets = self._deal(message, targets)
         if len(targets) == 1:
-            self._put(message, *targets[0])
+            self._put(message, *targets[0], alone=alone)
         elif targets:
             message._open = len(targets)  # pyright: ignore[reportPrivateUsage]
             for target in targets:
@@ -165,10 +166,17 @@ class Dispatcher:
         return tuple(target for target in targets if target[0] is chosen or target[0] not in registrations)
 
     def _put(
-        self, message: Message[Any], registration: Registration[Subscription[Any]], subscription: Subscription[Any]
+        self,
+        message: Message[Any],
+        registration: Registration[Subscription[Any]],
+        subscription: Subscription[Any],
+        *,
+        alone: bool = False,
     ) -> None:
         if message.retain and not registration.options.retain_as_published:
             message.replayed = 0 < subscription._first_generation < message.generation
+        if alone and subscription._handle_now(message):
+            return
         if subscription._put([message], len(message.payload)):
             self._crowd(subscription)
 

@@ -79,11 +79,16 @@ def _split(filters: list[str], size: int, max_bytes: int | None) -> list[list[st
 async def _subscribe(connection: Connection, registry: Registry[Any], batches: list[Batch[Any]]) -> None:
     requests: list[tuple[Batch[Any], Reply[tuple[ReasonCode, ...]]]] = []
     unlimited = takes_all(connection.limits)
-    for batch in batches:
-        # One that was granted on these terms is within them.
-        sent = batch if unlimited or batch.codes is not None else _without_refused(connection, registry, batch)
-        if sent.registrations:
-            requests.append((sent, connection.subscribe(sent.filters, sent.identifier, sent.user_properties)))
+    held = connection.hold()
+    try:
+        for batch in batches:
+            # One that was granted on these terms is within them.
+            sent = batch if unlimited or batch.codes is not None else _without_refused(connection, registry, batch)
+            if sent.registrations:
+                requests.append((sent, connection.subscribe(sent.filters, sent.identifier, sent.user_properties)))
+    finally:
+        if held:
+            connection.let_go()
     for sent, reply in requests:
         registry.answer(sent, await _answer(connection, reply, "SUBSCRIBE"), connection.generation)
 

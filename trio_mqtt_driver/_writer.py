@@ -1,9 +1,10 @@
 """The way out of one connection: what waits to be sent, and the task that sends it.
 
 A packet on a link that was quiet is written at once, without that task (``hurry``): its turns are half of the way to
-the broker. Only then: in a flood the task sends many packets with one call. What a read brings about, such as the
-publishes that acknowledgements made room for, is written in one piece when the read is done with (``hold``,
-``let_go``). The acknowledgements of what has been processed since are the task's always.
+the broker. Only then: in a flood the task sends many packets with one call. Before the link is live there is no flood,
+and each packet is the next step to it. What a read brings about, such as the publishes that acknowledgements made room
+for, is written in one piece when the read is done with (``hold``, ``let_go``); so is a replay. The acknowledgements of
+what has been processed since are the task's always.
 Hazards: the task must be idle, or packets would overtake each other; Ctrl-C must not get in between the bytes that
 have left and the record of it; and by the time that a write returns its packet may have left, and what that made room
 for: whatever must be known of a packet then is noted before.
@@ -37,6 +38,7 @@ class Writer:
         self._direct = DirectSocket.of(stream)
         self._now = trio.lowlevel.current_clock().current_time
         self._roused_at = -math.inf
+        self._quiet = 0.0
         self.buffer: list[bytes] = []
         self._wake = trio.Event()
         self.idle = True
@@ -48,6 +50,10 @@ class Writer:
         """Bytes taken so far."""
         self.flushed = 0
         """Bytes sent so far."""
+
+    def go_live(self) -> None:
+        """From now on there may be floods."""
+        self._quiet = _QUIET
 
     @property
     def waiting(self) -> int:
@@ -92,8 +98,9 @@ class Writer:
 
     @trio.lowlevel.enable_ki_protection
     def hurry(self) -> None:
-        """The same, but if it is the first packet for a while, and not a large one, it is written here and now."""
-        if self._now() - self._roused_at < _QUIET:
+        """The same, but if it is the first packet for a while, or a step on the way to a live link, and not a large
+        one, it is written here and now."""
+        if self._now() - self._roused_at < self._quiet:
             self.rouse()
         else:
             self._write_now()

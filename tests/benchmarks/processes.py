@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import TextIO
 
 from trio_mqtt_driver.testing._ports import free_port
 
@@ -29,26 +30,29 @@ def run_client(python: str, workload: Workload, job: Job, timeout: float) -> dic
     """One run of one client in a process of its own: its figures. Raises `RunError`."""
     with _servers(workload, job) as ready:
         command = [python, "-m", "benchmarks.child", ready.to_json()]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=TESTS,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as exc:
-            raise RunError(f"not done after {timeout:.0f} s") from exc
-    if done.returncode:
-        raise RunError(_last_line(done.stderr) or f"exit code {done.returncode}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        # Files: a line that a client logs into a pipe would wake this process, in the middle of what is measured.
+        with TemporaryFile("w+") as out, TemporaryFile("w+") as errors:
+            try:
+                done = subprocess.run(
+                    command,
+                    cwd=TESTS,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=errors,
+                    timeout=timeout,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired as exc:
+                raise RunError(f"not done after {timeout:.0f} s") from exc
+            if done.returncode:
+                raise RunError(_last_line(errors) or f"exit code {done.returncode}")
+            figures: dict[str, float] = json.loads(_last_line(out))
     return figures
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _last_line(file: TextIO) -> str:
+    file.seek(0)
+    lines = [line.strip() for line in file if line.strip()]
     return lines[-1] if lines else ""
 
 
