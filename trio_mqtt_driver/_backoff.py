@@ -99,7 +99,7 @@ class Backoff:
         self._contested = self._contested or taken_over
         seconds = max(delay.seconds, self._last_trigger + self._config.min_interval - now)
         self._last_trigger = now + seconds
-        return attrs.evolve(delay, seconds=seconds)
+        return Delay(seconds, delay.paused)
 
     def failed(self, *, retry_at_once: bool = False) -> Delay:
         """An attempt failed before the connection was live.
