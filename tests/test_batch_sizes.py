@@ -36,19 +36,20 @@ def lost(
 
 
 def size(sizes: BatchSizes, now: float = 0, config: DriverConfig = HERE) -> int:
-    return sizes.applied(config, now).replay_batch
+    """How many filters a replay has in a packet."""
+    return sizes.applied(config, now)[1]
 
 
 def test_without_a_reason_the_options_hold(sizes: BatchSizes) -> None:
-    assert sizes.applied(HERE, 0) is HERE
+    assert sizes.applied(HERE, 0) == (HERE, 500)
     assert lost(sizes, 500) is None
-    assert sizes.applied(HERE, 0) is HERE
+    assert sizes.applied(HERE, 0) == (HERE, 500)
 
 
 def test_two_ends_over_a_request_make_it_an_eighth(sizes: BatchSizes) -> None:
     found = [lost(sizes, unanswered) for unanswered in (500, 500, 62, 62, 7, 7)]
     assert found == [None, 62, None, 7, None, 1]
-    assert sizes.applied(HERE, 0) == HERE.evolve(replay_batch=1)
+    assert sizes.applied(HERE, 0) == (HERE.evolve(replay_batch=1), 1)
     assert lost(sizes, 1) is lost(sizes, 1) is None  # then it is not their number
 
 
@@ -81,17 +82,17 @@ def test_an_attempt_that_came_to_no_request_says_nothing(sizes: BatchSizes) -> N
 
 def test_what_is_not_the_brokers_doing_says_nothing(sizes: BatchSizes) -> None:
     assert lost(sizes, 500, by_broker=False) is lost(sizes, 500, by_broker=False) is None
-    assert sizes.applied(HERE, 0) is HERE
+    assert sizes.applied(HERE, 0) == (HERE, 500)
 
 
 def test_each_endpoint_for_itself(sizes: BatchSizes) -> None:
     assert lost(sizes, 500) is None
     assert lost(sizes, 500, THERE) is None
     assert lost(sizes, 500) == 62
-    assert sizes.applied(THERE, 0) is THERE
+    assert sizes.applied(THERE, 0) == (THERE, 500)
     assert size(sizes, config=HERE.evolve(replay_batch=8)) == 8  # fewer than it would take
     sizes.forget()
-    assert sizes.applied(HERE, 0) is HERE
+    assert sizes.applied(HERE, 0) == (HERE, 500)
 
 
 HOUR = 3600
@@ -107,8 +108,28 @@ def learnt(unanswered: int, now: float = 0) -> BatchSizes:
 def test_after_an_hour_eight_times_as_many_are_tried() -> None:
     sizes = learnt(500, 5 * HOUR)
     assert [size(sizes, now) for now in (5 * HOUR, 6 * HOUR - 1, 6 * HOUR, 10 * HOUR)] == [62, 62, 496, 496]
+    assert sizes.applied(HERE, 10 * HOUR)[0] == HERE.evolve(replay_batch=62)  # for the link that is live
     assert lost(sizes, 0, answered=496, now=10 * HOUR) is None
     assert [size(sizes, now) for now in (11 * HOUR - 1, 11 * HOUR)] == [496, 500]
+
+
+def test_as_many_as_were_not_answered_say_that_it_was_the_network() -> None:
+    sizes = learnt(100)
+    lost(sizes, 0, answered=96, now=HOUR)
+    assert size(sizes, 2 * HOUR - 1) == 96
+    lost(sizes, 0, answered=100, now=2 * HOUR)
+    assert sizes.applied(HERE, 2 * HOUR) == (HERE, 500)
+    assert [lost(sizes, 300, answered=0, now=3 * HOUR) for _ in range(2)] == [None, 37]  # two ends again
+
+
+def test_the_least_that_a_try_left_unanswered_counts() -> None:
+    sizes = learnt(500)
+    lost(sizes, 300, now=HOUR)
+    lost(sizes, 0, answered=299, now=3 * HOUR)
+    assert size(sizes, 4 * HOUR - 1) == 299
+    lost(sizes, 400, now=4 * HOUR)
+    lost(sizes, 0, answered=300, now=9 * HOUR)
+    assert sizes.applied(HERE, 9 * HOUR) == (HERE, 500)
 
 
 def test_a_try_that_fails_is_one_and_the_next_is_later() -> None:
@@ -130,8 +151,10 @@ def test_a_try_that_fails_is_one_and_the_next_is_later() -> None:
 def test_a_try_that_works_begins_with_an_hour_again() -> None:
     sizes = learnt(64)
     lost(sizes, 64, now=HOUR)
-    assert lost(sizes, 0, answered=64, now=3 * HOUR) is None
-    assert [size(sizes, now) for now in (4 * HOUR - 1, 4 * HOUR)] == [64, 500]
+    assert lost(sizes, 0, answered=60, now=3 * HOUR) is None
+    assert [size(sizes, now) for now in (4 * HOUR - 1, 4 * HOUR)] == [60, 480]
+    assert lost(sizes, 64, now=4 * HOUR) == 60
+    assert [size(sizes, now) for now in (6 * HOUR - 1, 6 * HOUR)] == [60, 480]
 
 
 @pytest.mark.parametrize("unanswered, answered, by_broker", [(0, 0, True), (8, 8, True), (64, 8, False)])
@@ -148,7 +171,7 @@ def test_ever_new_endpoints_are_forgotten_some_time(sizes: BatchSizes) -> None:
         assert size(sizes) == 62
         lost(sizes, 500, HERE.evolve(endpoint=Endpoint(host=f"h{number}", port=1)))
     lost(sizes, 500, THERE)
-    assert sizes.applied(HERE, 0) is HERE
+    assert sizes.applied(HERE, 0) == (HERE, 500)
 
 
 # -- a driver ---------------------------------------------------------------------------------------------------------
@@ -219,6 +242,54 @@ async def test_packets_grow_to_what_a_broker_takes(
         # That 8 are taken counts when the link ends. Then 64 are tried in vain, and two hours later again.
         assert found == [(1, 0), (8, 0), (8, 0), (64, 1), (8, 0), (64, 1), (8, 0)]
     assert not broker.violations
+
+
+async def test_no_live_link_is_put_at_stake_for_a_try(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    broker = MemoryBroker(nursery, maximum_filters=8)
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await subscribe_all(driver, [f"in/{number}" for number in range(64)])
+        for number in range(5, 64):
+            await driver.unsubscribe(f"in/{number}")
+        losses, failures = driver.status().counters["losses"], driver.status().counters["failures"]
+        for _ in range(3):
+            await trio.sleep(3600)
+            broker.drop()  # now 64 are tried, but there are only five
+            await driver.wait_state(State.BACKING_OFF)
+            await driver.wait_live()
+            await trio.sleep(600)
+            more = [f"more/{number}" for number in range(20)]
+            await subscribe_all(driver, more)
+            async with trio.open_nursery() as unsubscribing:
+                for topic_filter in more:
+                    unsubscribing.start_soon(driver.unsubscribe, topic_filter)
+        assert driver.status().counters["losses"] - losses == 3  # ours
+        assert driver.status().counters["failures"] == failures
+    assert not broker.violations
+
+
+async def test_what_a_replay_has_shown_holds_for_the_live_link(
+    autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any
+) -> None:
+    broker = MemoryBroker(nursery)
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        filters = [f"in/{number}" for number in range(100)]
+        broker.faults.drop(Kind.SUBACK, times=2)
+        await subscribe_all(driver, filters)
+        # What a link has shown counts for the others when it is over; 100, as many as were not answered, say that the
+        # number was not the reason.
+        for expected in (12, 96, 96, 100, 500):
+            broker.drop()
+            await driver.wait_state(State.BACKING_OFF)
+            await driver.wait_live()
+            broker.forget()
+            more = [f"more/{number}" for number in range(600)]
+            await subscribe_all(driver, more)
+            assert largest(broker) == expected
+            for topic_filter in more:
+                await driver.unsubscribe(topic_filter)
+            await trio.sleep(3600)
 
 
 async def test_many_more_on_a_live_link(autojump_clock: MockClock, nursery: trio.Nursery, protocol: Any) -> None:

@@ -19,7 +19,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.peers import memory_config
-from trio_mqtt_driver import Endpoint, MQTTDriver
+from trio_mqtt_driver import Endpoint, MQTTDriver, State
 from trio_mqtt_driver._direct import DirectSocket, quick_ack_of
 from trio_mqtt_driver._history import Counters
 from trio_mqtt_driver._writer import Writer
@@ -615,6 +615,35 @@ async def test_a_driver_has_each_read_acknowledged(
             while len(got) <= number:  # noqa: ASYNC110  # turns are waited for
                 await trio.lowlevel.checkpoint()
             assert told == before + 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_left_meanwhile_leaves_in_one_piece_too(
+    monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    written: list[bytes] = []
+    write = DirectSocket.write
+
+    def noting(self: DirectSocket, data: bytes) -> int:
+        written.append(data)
+        return write(self, data)
+
+    broker = MemoryBroker(nursery)
+    config = memory_config(broker, open_stream=None, endpoint=Endpoint(host="127.0.0.1", port=await broker.listen()))
+    async with MQTTDriver(config.evolve(replay_batch=1, stable_id=True)) as driver:
+        subscriptions = [await driver.subscribe(f"in/{number}", print) for number in range(30)]
+        driver.pause("so that they leave")
+        await driver.wait_state(State.PAUSED)
+        async with trio.open_nursery() as unsubscribing:
+            for one in subscriptions:
+                unsubscribing.start_soon(driver.unsubscribe, one)
+            await settled()
+            monkeypatch.setattr(DirectSocket, "write", noting)
+            driver.resume()
+        monkeypatch.undo()
+        assert [data[0] >> 4 for data in written] == [1, 3, 10]  # CONNECT, PUBLISH, UNSUBSCRIBE
+        assert written[-1].count(b"in/") == 30
+        assert not broker.subscriptions("driver")
         nursery.cancel_scope.cancel()
 
 

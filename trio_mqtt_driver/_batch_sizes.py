@@ -3,9 +3,10 @@
 Brokers have limits that no packet announces. AWS IoT Core takes 8 filters, and closes the connection; whoever tries it
 again with as many is never live. So when two connections end with a request for several filters unanswered, and no
 other has shown that the broker takes so many, there are only an eighth of them in a packet from then on. One such end
-may be the network's doing. So may two be: after an hour a new connection *tries* eight times as many again. If they
-are answered, it goes on from there an hour later; if not, that has cost one attempt, and the next try is after twice
-as long. The live link is left alone.
+may be the network's doing. So may two be: after an hour the replay of a new connection *tries* eight times as many
+again. If they are answered, the one after another hour goes on from there, and as many as were once unanswered say
+that it was the network; if not, that has cost one attempt, and the next try is after twice as long. No live link is
+put at stake for that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _FIRST_HOLD, _LONGEST_HOLD = 3600.0, 7 * 86400.0
 class _Learnt:
     most: int
     """Filters in a packet that the broker is known, or has to be assumed, to take."""
+    unanswered: int
+    """The least that it left unanswered."""
     next_try: float
     hold: float = _FIRST_HOLD
 
@@ -38,13 +41,14 @@ class BatchSizes:
         self._suspicions: dict[Endpoint, tuple[int, int]] = {}
         """How many connections ended so, and the least number of filters that was not answered then."""
 
-    def applied(self, config: DriverConfig, now: float) -> DriverConfig:
-        """The options for a connection."""
+    def applied(self, config: DriverConfig, now: float) -> tuple[DriverConfig, int]:
+        """The options for a connection, and how many filters a packet may have until it is live."""
+        size = config.replay_batch
         learnt = self._learnt.get(config.endpoint)
-        if learnt is None:
-            return config
-        most = learnt.most if now < learnt.next_try else learnt.most * _STEP
-        return config if most >= config.replay_batch else config.evolve(replay_batch=most)
+        if learnt is None or learnt.most >= size:
+            return config, size
+        tried = learnt.most if now < learnt.next_try else min(learnt.most * _STEP, size)
+        return config.evolve(replay_batch=learnt.most), tried
 
     def ended(
         self, config: DriverConfig, now: float, unanswered: int, answered: int, *, by_broker: bool
@@ -59,7 +63,11 @@ class BatchSizes:
             self.forget()
         learnt = self._learnt.get(endpoint)
         if learnt is not None and answered > learnt.most:
-            self._learnt[endpoint] = learnt = _Learnt(answered, now + _FIRST_HOLD)
+            if answered >= learnt.unanswered:
+                del self._learnt[endpoint]
+                learnt = None
+            else:
+                learnt.most, learnt.next_try, learnt.hold = answered, now + _FIRST_HOLD, _FIRST_HOLD
         count, least = self._suspicions.get(endpoint, (0, unanswered))
         if count and answered >= least:  # so many are taken
             del self._suspicions[endpoint]
@@ -67,6 +75,7 @@ class BatchSizes:
         if unanswered < 2 or answered >= unanswered or not by_broker:
             return None
         if learnt is not None and unanswered > learnt.most:  # it was a try
+            learnt.unanswered = min(unanswered, learnt.unanswered)
             learnt.hold = min(2 * learnt.hold, _LONGEST_HOLD)
             learnt.next_try = now + learnt.hold
             return learnt.most
@@ -75,7 +84,7 @@ class BatchSizes:
             return None
         self._suspicions.pop(endpoint, None)
         fewer = max(1, unanswered // _STEP)
-        self._learnt[endpoint] = _Learnt(fewer, now + _FIRST_HOLD)
+        self._learnt[endpoint] = _Learnt(fewer, unanswered, now + _FIRST_HOLD)
         return fewer
 
     def forget(self) -> None:

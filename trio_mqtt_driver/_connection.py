@@ -106,7 +106,7 @@ class Connection:
         """Whether nothing can be sent or acknowledged on it any more."""
         self._warned: set[str] = set()
         self._writer = writer = Writer(stream, counters, self._flushed)
-        self.hold, self.let_go = writer.hold, writer.let_go
+        self.together = writer.together
         self.receiver = Receiver(
             config, session, writer, counters, version=version, expect_by=self._expect_by, warn_once=self._warn_once
         )
@@ -122,6 +122,8 @@ class Connection:
         self._timer = trio.CancelScope()
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
         self._requests: dict[int, Request] = {}
+        self.batch = config.replay_batch
+        """How many filters a packet may have."""
         self.answered = 0
         """How many filters the largest SUBSCRIBE or UNSUBSCRIBE has had that was answered; ``unanswered``, if not."""
         self._closing = False
@@ -295,6 +297,7 @@ class Connection:
         """The subscriptions are there: from now on publishes go out, and their acknowledgements may be overdue."""
         self.deadlines.live = True
         self._writer.go_live()
+        self.batch = max(self.config.replay_batch, min(self.answered, self.batch))  # more is for a replay to try
         self._look()
         self.sender.go_live()
 

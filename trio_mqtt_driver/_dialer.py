@@ -103,7 +103,7 @@ class Dialer:
         now = trio.current_time()
         deadline = now + config.connect_timeout
         lasting = session.established or session.wiped
-        config = self._batch_sizes.applied(config, now)
+        config, batch = self._batch_sizes.applied(config, now)
         self.connection = connection = Connection(
             await open_stream_by(config, deadline, self._rng if self._attempts.number > 1 else None),
             config,
@@ -116,6 +116,7 @@ class Dialer:
             counters=self._counters,
             on_remark=self._on_remark,
         )
+        connection.batch = batch
         try:
             await connection.run(lambda made: life(made, deadline))
         finally:

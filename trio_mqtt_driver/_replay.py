@@ -26,7 +26,7 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
     """
     limits = connection.limits
     terms = Terms(
-        connection.config.replay_batch,
+        connection.batch,
         limits.maximum_packet_size,
         shared=limits.shared_available,
         wildcards=limits.wildcard_available,
@@ -54,9 +54,10 @@ async def _unsubscribe(connection: Connection, registry: Registry[Any]) -> None:
             registry.left(topic_filter, ReasonCode.SUCCESS)  # it could not be subscribed here either
         else:
             filters.append(topic_filter)
-    packets = _split(filters, connection.config.replay_batch, largest)
+    packets = _split(filters, connection.batch, largest)
     for start in range(0, len(packets), _WAVE):
-        replies = [(packet, connection.unsubscribe(packet)) for packet in packets[start : start + _WAVE]]
+        with connection.together:
+            replies = [(packet, connection.unsubscribe(packet)) for packet in packets[start : start + _WAVE]]
         for packet, reply in replies:
             for topic_filter, code in zip(packet, await _answer(connection, reply, "UNSUBSCRIBE"), strict=True):
                 registry.left(topic_filter, code)
@@ -79,16 +80,12 @@ def _split(filters: list[str], size: int, max_bytes: int | None) -> list[list[st
 async def _subscribe(connection: Connection, registry: Registry[Any], batches: list[Batch[Any]]) -> None:
     requests: list[tuple[Batch[Any], Reply[tuple[ReasonCode, ...]]]] = []
     unlimited = takes_all(connection.limits)
-    held = connection.hold()
-    try:
+    with connection.together:
         for batch in batches:
             # One that was granted on these terms is within them.
             sent = batch if unlimited or batch.codes is not None else _without_refused(connection, registry, batch)
             if sent.registrations:
                 requests.append((sent, connection.subscribe(sent.filters, sent.identifier, sent.user_properties)))
-    finally:
-        if held:
-            connection.let_go()
     for sent, reply in requests:
         registry.answer(sent, await _answer(connection, reply, "SUBSCRIBE"), connection.generation)
 

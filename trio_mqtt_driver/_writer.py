@@ -28,6 +28,21 @@ _LAST_WORDS = 0.1
 """Seconds for the reader to find out why nothing can be written any more."""
 
 
+class Together:
+    """What is written in its block is sent in one piece. Nothing may be awaited there."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._held = False
+
+    def __enter__(self) -> None:
+        self._held = self._writer.hold()
+
+    def __exit__(self, *_: object) -> None:
+        if self._held:
+            self._writer.let_go()
+
+
 class Writer:
     """Gathers packets and sends them in batches."""
 
@@ -35,6 +50,7 @@ class Writer:
         self._stream = stream
         self._counters = counters
         self._on_flushed = on_flushed
+        self.together = Together(self)
         self._direct = DirectSocket.of(stream)
         self._now = trio.lowlevel.current_clock().current_time
         self._roused_at = -math.inf
