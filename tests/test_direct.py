@@ -8,8 +8,8 @@ import socket
 import ssl
 import struct
 import sys
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -618,9 +618,9 @@ async def test_a_driver_has_each_read_acknowledged(
         nursery.cancel_scope.cancel()
 
 
-async def test_what_left_meanwhile_leaves_in_one_piece_too(
-    monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock, nursery: trio.Nursery
-) -> None:
+@contextmanager
+def noted(monkeypatch: pytest.MonkeyPatch) -> Generator[list[bytes], None, None]:
+    """What is written in the block without the writer's task."""
     written: list[bytes] = []
     write = DirectSocket.write
 
@@ -628,6 +628,14 @@ async def test_what_left_meanwhile_leaves_in_one_piece_too(
         written.append(data)
         return write(self, data)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectSocket, "write", noting)
+        yield written
+
+
+async def test_what_left_meanwhile_leaves_in_one_piece_too(
+    monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
     broker = MemoryBroker(nursery)
     config = memory_config(broker, open_stream=None, endpoint=Endpoint(host="127.0.0.1", port=await broker.listen()))
     async with MQTTDriver(config.evolve(replay_batch=1, stable_id=True)) as driver:
@@ -638,9 +646,9 @@ async def test_what_left_meanwhile_leaves_in_one_piece_too(
             for one in subscriptions:
                 unsubscribing.start_soon(driver.unsubscribe, one)
             await settled()
-            monkeypatch.setattr(DirectSocket, "write", noting)
-            driver.resume()
-        monkeypatch.undo()
+            with noted(monkeypatch) as written:
+                driver.resume()
+                await driver.wait_live()
         assert [data[0] >> 4 for data in written] == [1, 3, 10]  # CONNECT, PUBLISH, UNSUBSCRIBE
         assert written[-1].count(b"in/") == 30
         assert not broker.subscriptions("driver")
@@ -650,32 +658,22 @@ async def test_what_left_meanwhile_leaves_in_one_piece_too(
 async def test_the_way_to_a_live_link_takes_three_writes_and_no_turn_of_the_writer(
     monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock, nursery: trio.Nursery
 ) -> None:
-    written: list[bytes] = []
-    write = DirectSocket.write
-
-    def noting(self: DirectSocket, data: bytes) -> int:
-        written.append(data)
-        return write(self, data)
-
     broker = MemoryBroker(nursery)
     config = memory_config(broker, open_stream=None, endpoint=Endpoint(host="127.0.0.1", port=await broker.listen()))
     async with MQTTDriver(config.evolve(replay_batch=10)) as driver:
         async with trio.open_nursery() as subscribing:
             for number in range(100):
                 subscribing.start_soon(driver.subscribe, f"in/{number}", print)
-        monkeypatch.setattr(DirectSocket, "write", noting)
-        monkeypatch.setattr(Writer, "_send", None)
         mock_clock.jump(1)  # so that the link is quiet
-        driver.force_reconnect("to see the way", even_if_live=True)
-        await driver.wait_live()
-        monkeypatch.undo()
+        with noted(monkeypatch) as written:
+            driver.force_reconnect("to see the way", even_if_live=True)
+            await driver.wait_live()
         assert [data[0] >> 4 for data in written] == [14, 1, 3, 8]  # DISCONNECT, CONNECT, PUBLISH, SUBSCRIBE
         assert sum(data.count(b"in/") for data in written[-1:]) == 100
         assert len(broker.subscriptions(str(driver.client_id))) == 100
         # On the live link what follows is the writer's, who sends many with one call.
-        written.clear()
-        monkeypatch.setattr(DirectSocket, "write", noting)
-        for _ in range(5):
-            driver.publish_nowait("a")
+        with noted(monkeypatch) as written:
+            for _ in range(5):
+                driver.publish_nowait("a")
         assert len(written) <= 1
         nursery.cancel_scope.cancel()
