@@ -221,7 +221,7 @@ async def check_usable(scene: Scene) -> None:
     assert driver.undelivered == ()
     connection = driver._supervisor.connection
     assert connection is not None
-    assert not connection._requests
+    assert not connection.requests
     assert not connection.deadlines.pings
     dispatcher = driver._dispatcher
     assert dispatcher._open >= set(scene.kept)

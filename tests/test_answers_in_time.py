@@ -175,4 +175,4 @@ async def test_an_answer_that_is_there_is_not_late_because_nobody_came_to_take_i
 
 def waits(connection: Connection) -> int:
     """How many answers are not there."""
-    return connection.sender.in_flight + connection.unanswered
+    return connection.sender.in_flight + connection.requests.unanswered

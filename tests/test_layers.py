@@ -31,7 +31,7 @@ LAYERS = (
     names(
         "_connection _handshake _probe _replay _replies _inflight _incoming _exchanges _limits _registry"
         " _registration _plan _outgoing _outbox _inbox _writer _deadlines _copies _session _sender _receiver _express"
-        " _attempts _versions _batch_sizes _store _outbox_file _aliases _gathering"
+        " _attempts _versions _batch_sizes _suspects _requests _store _outbox_file _aliases _gathering"
     ),
     names("_dispatch _subscription _queue _arguments _failover _availability _dialer"),
     names("_supervisor"),

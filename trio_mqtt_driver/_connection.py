@@ -43,12 +43,14 @@ from ._outbox import Outbox
 from ._packets import PINGREQ_PACKET, PINGRESP, PUBREL, Ack, Packet, PacketReader, packet_name
 from ._paho import AuthPacket, ConnAck, ControlPackets, ServerDisconnect
 from ._receiver import Receiver
-from ._replies import Ping, Reply, Request
+from ._replies import Ping, Reply
+from ._requests import Codes, Requests
 from ._sender import Sender
 from ._session import Session
 from ._subscribing import SubAck, needs_5
+from ._suspects import COPIES, Suspects
 from ._transport import lost
-from ._types import NO_LIMITS, Message, ReasonCode, ServerLimits, UserProperties
+from ._types import NO_LIMITS, Message, ServerLimits, UserProperties
 from ._writer import Writer
 
 logger = logging.getLogger("trio_mqtt_driver")
@@ -121,11 +123,16 @@ class Connection:
         self.deadlines = Deadlines(config, trio.current_time(), config.wall_clock())
         self._timer = trio.CancelScope()
         self._handshake: Reply[ConnAck | AuthPacket] | None = None
-        self._requests: dict[int, Request] = {}
+        self.requests = Requests(version=version, release=session.ids.release)
         self.batch = config.replay_batch
         """How many filters a packet may have."""
-        self.answered = 0
-        """How many filters the largest SUBSCRIBE or UNSUBSCRIBE has had that was answered; ``unanswered``, if not."""
+        self.suspects = Suspects()
+        """Filters over which the endpoint has ended connections; and in ``questions`` what the driver itself asks."""
+        self.questions = Suspects()
+        self.asks_copies = False
+        """Whether it is being found out what the broker does with overlapping filters."""
+        self.hint = ""
+        """What there is to say of a broker that closes now."""
         self._closing = False
         self._eof = trio.Event()
 
@@ -173,9 +180,7 @@ class Connection:
         error = self.cause or ConnectionLostError("the connection was closed")
         for ping in self.deadlines.pings:
             ping.reply.fail(error)
-        for packet_id, request in self._requests.items():
-            request.reply.fail(error)
-            self.session.ids.release(packet_id)
+        self.requests.end(error)
         self.session.on_processed = None
         self.receiver.end()
         self.session.outgoing.drop_own()
@@ -226,7 +231,7 @@ class Connection:
 
     def subscribe(
         self, filters: list[bytes], identifier: int | None, user_properties: UserProperties = ()
-    ) -> Reply[tuple[ReasonCode, ...]]:
+    ) -> Reply[Codes]:
         """Topic Filters with their options, as ``pack_filter`` makes them."""
         if not self.limits.identifiers_available:
             identifier = None
@@ -236,16 +241,27 @@ class Connection:
                 "and are left out"
             )
         packet_id, packet = self._control.subscribe_packet(filters, identifier, user_properties)
-        return self._request(packet_id, packet, Request(len(filters), unsubscribe=False, reply=Reply()))
+        return self._request(packet_id, packet, filters)
 
     def _warn_once(self, words: str) -> None:
         if words not in self._warned:
             self._warned.add(words)
             logger.warning("%s: %s", self.config.client_id, words)
 
-    def unsubscribe(self, filters: list[str]) -> Reply[tuple[ReasonCode, ...]]:
+    def unsubscribe(self, filters: list[str]) -> Reply[Codes]:
         packet_id, packet = self._control.unsubscribe_packet(filters)
-        return self._request(packet_id, packet, Request(len(filters), unsubscribe=True, reply=Reply()))
+        return self._request(packet_id, packet, filters)
+
+    def _request(self, packet_id: int, packet: bytes, filters: list[bytes] | list[str]) -> Reply[Codes]:
+        reply = self.requests.add(packet_id, filters, self._writer.written + len(packet))
+        self._writer.write(packet)
+        return reply
+
+    @property
+    def accused(self) -> list[str]:
+        """The Topic Filters over one of which the broker has ended the connection, if it did so over a SUBSCRIBE; for
+        one of the driver's own questions ``COPIES``."""
+        return [COPIES] if self.asks_copies else self.requests.accused(self._writer.flushed)
 
     async def within(self, seconds: float, wait: Callable[[], Awaitable[T]], late: Callable[[], object]) -> T:
         """Wait for an answer. If it takes longer, not counting pauses of reading, ``late`` must end the wait."""
@@ -255,15 +271,6 @@ class Connection:
             return await wait()
         finally:
             self.deadlines.end(answer)
-
-    @property
-    def unanswered(self) -> int:
-        return max((request.filters for request in self._requests.values()), default=0)
-
-    def _request(self, packet_id: int, packet: bytes, request: Request) -> Reply[tuple[ReasonCode, ...]]:
-        self._requests[packet_id] = request
-        self._writer.write(packet)
-        return request.reply
 
     def ping(self) -> Reply[float]:
         """Send PINGREQ; the reply is the round trip in seconds."""
@@ -297,7 +304,9 @@ class Connection:
         """The subscriptions are there: from now on publishes go out, and their acknowledgements may be overdue."""
         self.deadlines.live = True
         self._writer.go_live()
-        self.batch = max(self.config.replay_batch, min(self.answered, self.batch))  # more is for a replay to try
+        self.batch = max(
+            self.config.replay_batch, min(self.requests.answered, self.batch)
+        )  # more is for a replay to try
         self._look()
         self.sender.go_live()
 
@@ -326,10 +335,10 @@ class Connection:
             try:
                 data = await (direct.read(size) if direct and emptied else self._stream.receive_some(size))
             except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
-                self._gone(lost(exc, "reading from the broker"))
+                self._gone(lost(exc, "reading from the broker", advice=self.hint))
                 return
             if not data:
-                self._gone(ConnectionLostError("the broker closed the connection"))
+                self._gone(ConnectionLostError(f"the broker closed the connection{self.hint}"))
                 return
             self.deadlines.heard_at = trio.current_time()
             self._counters.bytes_in += len(data)
@@ -370,7 +379,7 @@ class Connection:
                 elif (
                     gathering is not None
                     and (delay := gathering.wait_after(self.deadlines.heard_at, len(messages), emptied=emptied))
-                    and not (self.sender.in_flight or self._requests or self.deadlines.pings)
+                    and not (self.sender.in_flight or self.requests or self.deadlines.pings)
                 ):  # Whoever waits for an answer of the broker need not wait for other people's messages.
                     await trio.sleep(delay)
 
@@ -431,7 +440,7 @@ class Connection:
             return
         event = self._control.feed(packet)
         if isinstance(event, SubAck):
-            self._take_suback(event)
+            self.requests.take(event)
         elif isinstance(event, ServerDisconnect):
             words = f": {event.reason_string}" if event.reason_string else ""
             self._gone(
@@ -446,21 +455,6 @@ class Connection:
         else:
             reply, self._handshake = self._handshake, None
             reply.set(event)
-
-    def _take_suback(self, answer: SubAck) -> None:
-        request = self._requests.pop(answer.packet_id, None)
-        if request is None or request.unsubscribe != answer.unsubscribe:
-            raise ProtocolError(f"protocol error: SUBACK or UNSUBACK for unknown identifier {answer.packet_id}")
-        self.session.ids.release(answer.packet_id)
-        codes = answer.reason_codes
-        if request.unsubscribe and self.version != 5:
-            codes = (ReasonCode.SUCCESS,) * request.filters
-        if len(codes) != request.filters:
-            raise ProtocolError(
-                f"protocol error: {len(codes)} reason codes for {request.filters} topic filters [MQTT-3.8.4-6]"
-            )
-        self.answered = max(self.answered, request.filters)
-        request.reply.set(codes)
 
     # -- the timer ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from ._inbox import Inbox
 from ._outbox import Outbox
 from ._sender import blames_us
 from ._session import Session, SessionKey
+from ._suspects import COPIES, EndpointSuspects
 from ._transport import open_stream_by
 from ._versions import Versions
 
@@ -37,16 +38,20 @@ class Dialer:
         outbox: Outbox,
         counters: Counters,
         on_downgrade: Callable[[str], object],
+        on_suspect: Callable[[str], object],
         on_remark: Callable[[str], object],
         rng: random.Random,
     ) -> None:
         self._attempts = attempts
         self._versions = versions
         self._batch_sizes = BatchSizes()
+        self._suspects = EndpointSuspects()
+        self._questions = EndpointSuspects()
         self._inbox = inbox
         self._outbox = outbox
         self._counters = counters
         self._on_downgrade = on_downgrade
+        self._on_suspect = on_suspect
         self._on_remark = on_remark
         self._rng = rng
         self.connection: Connection | None = None
@@ -117,6 +122,8 @@ class Dialer:
             on_remark=self._on_remark,
         )
         connection.batch = batch
+        connection.suspects = self._suspects.of(config.endpoint)
+        connection.questions = self._questions.of(config.endpoint)
         try:
             await connection.run(lambda made: life(made, deadline))
         finally:
@@ -136,16 +143,26 @@ class Dialer:
             raise cause
 
     def _judge(self, connection: Connection, cause: MQTTDriverError | None) -> None:
-        fewer = self._batch_sizes.ended(
-            connection.config,
-            trio.current_time(),
-            connection.unanswered,
-            connection.answered,
-            by_broker=blames_us(cause) or isinstance(cause, AckTimeoutError),
-        )
+        """Find out what a broker that ends connections over a request has against it."""
+        config, requests = connection.config, connection.requests
+        now = trio.current_time()
+        by_broker = blames_us(cause) or isinstance(cause, AckTimeoutError)
+        unanswered, answered = requests.unanswered, requests.answered
+        accused = connection.accused if by_broker and config.quarantine_after else []
+        said = ""
+        if accused == [COPIES]:
+            said = connection.questions.blame(COPIES, now, limit=config.quarantine_after, others=True)
+        elif len(accused) == 1:
+            said = connection.suspects.blame(accused[0], now, limit=config.quarantine_after, others=answered > 0)
+        elif 1 < len(accused) <= answered:  # else their number may be the reason
+            said = connection.suspects.blame_one_of(accused)
+        if said:
+            self._on_suspect(f"{config.endpoint} ended a connection {said}")
+            unanswered = 0
+        fewer = self._batch_sizes.ended(config, now, unanswered, answered, by_broker=by_broker)
         if fewer is not None:
             self._on_downgrade(
-                f"{connection.config.endpoint} left a SUBSCRIBE or UNSUBSCRIBE of {connection.unanswered} filters "
+                f"{config.endpoint} left a SUBSCRIBE or UNSUBSCRIBE of {unanswered} filters "
                 f"unanswered, and not for the first time: for now they have {fewer}"
             )
 
@@ -153,6 +170,8 @@ class Dialer:
         """The settings have changed: what was learnt of the endpoints may be true no more."""
         self._versions.forget()
         self._batch_sizes.forget()
+        self._suspects.forget()
+        self._questions.forget()
 
     def adopt(self, session: Session) -> None:
         """A broker has accepted a connection of this session."""

@@ -255,7 +255,7 @@ class Dispatcher:
                 raise DriverClosedError(f"the subscription of {subscription.topic_filter!r} was ended meanwhile")
             if code.is_failure:
                 raise SubscribeError(
-                    f"the broker refused to subscribe to {subscription.topic_filter!r}: {code}",
+                    f"the broker refused to subscribe to {subscription.topic_filter!r}: {registration.refusal}",
                     subscription.topic_filter,
                     code,
                 )

@@ -37,8 +37,10 @@ async def probe(connection: Connection) -> str:
     except ValueError as exc:
         raise ProbeError(f"the client ID {connection.client_id[:60]!r} makes no probe topic: {exc}") from exc
     test = _echo if config.probe == "echo" else _publish
+    connection.hint = f" after the test publish to {topic!r}; if it always does, {_ADVICE}"
     # No fixed deadline: a session that goes on may have a backlog first, and reading may pause over it.
     await _in_time(connection, partial(test, connection, topic), f"the test publish to {topic!r} was not acknowledged")
+    connection.hint = ""
     return f"test publish to {topic!r} acknowledged in {connection.round_trip or 0:.3f} s"
 
 

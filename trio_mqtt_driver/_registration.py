@@ -60,6 +60,8 @@ class Registration(Generic[M]):
     standing: Standing = Standing.DUE
     reason_code: ReasonCode | None = None
     """What the last SUBACK said; None before the first."""
+    words: str = ""
+    """What there is to say of that if no SUBACK said it."""
     revision: int = 0
     renew: bool = False
     """Whether it is sent on each connection, even if the session goes on: somebody needs the retained messages."""
@@ -83,6 +85,11 @@ class Registration(Generic[M]):
     @property
     def plain_filter(self) -> str:
         return split_share(self.topic_filter)[1]
+
+    @property
+    def refusal(self) -> str:
+        """Why it is refused, if it is."""
+        return f"{self.reason_code}: {self.words}" if self.words else str(self.reason_code)
 
     @property
     def granted_qos(self) -> int:
@@ -135,6 +142,8 @@ class Terms:
     """Whether the broker takes shared subscriptions."""
     wildcards: bool = True
     """Whether it takes filters with wildcards."""
+    apart: frozenset[str] = frozenset()
+    """Filters that have a packet of their own, behind all others."""
 
 
 @attrs.define(eq=False)

@@ -277,17 +277,23 @@ class Registry(Generic[M]):
             self._replayed = self._session
             self._expecting = True
             batches = self._plan.take()
-        for (identifier, user_properties), registrations in self._take_groups().items():
+        due = self._take_due()
+        last: list[Registration[M]] = []
+        if terms.apart:
+            last = [registration for registration in due if registration.topic_filter in terms.apart]
+            due = [registration for registration in due if registration.topic_filter not in terms.apart]
+        for (identifier, user_properties), registrations in _grouped(due).items():
             room = math.inf if terms.max_bytes is None else terms.max_bytes - overhead(user_properties)
             for some in _split(registrations, terms.size, room):
                 revisions = [registration.revision for registration in some]
                 filters = [registration.packed for registration in some]
                 batches.append(Batch(some, revisions, filters, identifier, user_properties))
+        for one in last:
+            batches.append(Batch([one], [one.revision], [one.packed], one.identifier, one.user_properties))
         self._in_flight.update(batches)
         return batches
 
-    def _take_groups(self) -> dict[tuple[int | None, UserProperties], list[Registration[M]]]:
-        """The registrations that are due, by what a SUBSCRIBE packet has once."""
+    def _take_due(self) -> list[Registration[M]]:
         due = list(self._due.values())
         if self._leaving:
             # One that left and came back stays due until its UNSUBSCRIBE is answered, which would undo its SUBSCRIBE.
@@ -296,18 +302,10 @@ class Registry(Generic[M]):
                 del self._due[registration.topic_filter]
         else:
             self._due.clear()
-        groups: dict[tuple[int | None, UserProperties], list[Registration[M]]] = {}
-        group: list[Registration[M]] = []
-        identifier: int | None = -1  # nobody's
-        user_properties: UserProperties = ()
         session = self._session
         for registration in due:
             registration.told = session
-            if registration.identifier != identifier or registration.user_properties is not user_properties:
-                identifier, user_properties = registration.identifier, registration.user_properties
-                group = groups.setdefault((identifier, user_properties), [])
-            group.append(registration)
-        return groups
+        return due
 
     def answer(self, batch: Batch[M], codes: tuple[ReasonCode, ...], generation: int) -> None:
         """The broker answered for the filters of a batch as they were at its revisions."""
@@ -331,6 +329,7 @@ class Registry(Generic[M]):
                 as_wanted = False
             elif code >= 0x80:
                 registration.standing = refused
+                registration.words = ""
                 as_wanted = False
             else:
                 registration.standing = granted
@@ -338,15 +337,24 @@ class Registry(Generic[M]):
                 registration.wake()
         return as_wanted
 
-    def refuse(self, batch: Batch[M], codes: list[ReasonCode | None], generation: int) -> Batch[M]:
+    def refuse(self, batch: Batch[M], codes: list[ReasonCode | None], generation: int, words: str = "") -> Batch[M]:
         """The broker has ruled filters of a batch out beforehand, those with a code: returns the others."""
         self._in_flight.discard(batch)
         refused = batch.part([code is not None for code in codes])
         self.answer(refused, tuple([code for code in codes if code is not None]), generation)
+        for registration in refused.registrations:
+            registration.words = words
         others = batch.part([code is None for code in codes])
         if others.registrations:
             self._in_flight.add(others)
         return others
+
+    def ask_again(self, topic_filter: str) -> bool:
+        """The broker must be told of this one once more; False if nobody wants it."""
+        registration = self._wanted.get(topic_filter)
+        if registration is not None:
+            self._make_due(registration)
+        return registration is not None
 
     # -- for whoever subscribes -------------------------------------------------------------------------------------
 
@@ -386,6 +394,20 @@ class Registry(Generic[M]):
             registration.wake()
         for leaving in self._leaving.values():
             leaving.done.set()
+
+
+def _grouped(due: list[Registration[M]]) -> dict[tuple[int | None, UserProperties], list[Registration[M]]]:
+    """Registrations by what a SUBSCRIBE packet has once."""
+    groups: dict[tuple[int | None, UserProperties], list[Registration[M]]] = {}
+    group: list[Registration[M]] = []
+    identifier: int | None = -1  # nobody's
+    user_properties: UserProperties = ()
+    for registration in due:
+        if registration.identifier != identifier or registration.user_properties is not user_properties:
+            identifier, user_properties = registration.identifier, registration.user_properties
+            group = groups.setdefault((identifier, user_properties), [])
+        group.append(registration)
+    return groups
 
 
 def _split(registrations: list[Registration[M]], size: int, room: float) -> Iterator[list[Registration[M]]]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from itertools import compress
+from operator import not_
 from typing import Any
+
+import trio
 
 from ._connection import Connection
 from ._errors import AckTimeoutError
@@ -11,7 +16,10 @@ from ._probe import sends_copies
 from ._registration import Batch, Terms
 from ._registry import Registry
 from ._replies import Reply
+from ._suspects import COPIES
 from ._types import ReasonCode
+
+logger = logging.getLogger("trio_mqtt_driver")
 
 _WAVE = 10_000
 """Packets that wait for their answers at a time: each takes a packet identifier, of which there are 65,535."""
@@ -25,15 +33,17 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
     unanswered, so the connection must not be used afterwards.
     """
     limits = connection.limits
-    terms = Terms(
-        connection.batch,
-        limits.maximum_packet_size,
-        shared=limits.shared_available,
-        wildcards=limits.wildcard_available,
-    )
     while True:
         # UNSUBSCRIBE first, and answered: a filter that left and came back must end up subscribed.
         await _unsubscribe(connection, registry)
+        apart = connection.suspects.filters
+        terms = Terms(
+            connection.batch,
+            limits.maximum_packet_size,
+            shared=limits.shared_available,
+            wildcards=limits.wildcard_available,
+            apart=apart,
+        )
         batches = registry.take_due(terms)
         if not batches:
             if registry.leaving:
@@ -41,9 +51,38 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
             return
         session = connection.session
         if session.copies is None and registry.overlapping and not connection.marks_copies:
-            session.copies = await sends_copies(connection)
+            session.copies = await _ask_for_copies(connection)
+        alone: list[Batch[Any]] = []
+        if apart:
+            which = [connection.suspects.alone(batch.registrations[0].topic_filter) for batch in batches]
+            alone = list(compress(batches, which))
+            batches = list(compress(batches, map(not_, which)))
         for start in range(0, len(batches), _WAVE):
             await _subscribe(connection, registry, batches[start : start + _WAVE])
+        for batch in alone:
+            await _subscribe_suspect(connection, registry, batch)
+
+
+async def _ask_for_copies(connection: Connection) -> bool:
+    if connection.questions.refused(COPIES, trio.current_time()):
+        return False  # as of a broker that lets us not subscribe there
+    connection.asks_copies = True
+    copies = await sends_copies(connection)
+    connection.asks_copies = False
+    connection.questions.answered(COPIES)
+    return copies
+
+
+async def _subscribe_suspect(connection: Connection, registry: Registry[Any], batch: Batch[Any]) -> None:
+    """Of a filter over which the broker has ended connections, with nothing beside it."""
+    topic_filter = batch.registrations[0].topic_filter
+    why = connection.suspects.refused(topic_filter, trio.current_time())
+    if why:
+        registry.refuse(batch, [ReasonCode.UNSPECIFIED_ERROR], connection.generation, why)
+        return
+    await _subscribe(connection, registry, [batch])
+    connection.suspects.answered(topic_filter)  # also if it was not sent, because of what CONNACK says
+    logger.info("%s: the broker has answered the SUBSCRIBE of %r", connection.config.client_id, topic_filter)
 
 
 async def _unsubscribe(connection: Connection, registry: Registry[Any]) -> None:
@@ -88,6 +127,9 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
                 requests.append((sent, connection.subscribe(sent.filters, sent.identifier, sent.user_properties)))
     for sent, reply in requests:
         registry.answer(sent, await _answer(connection, reply, "SUBSCRIBE"), connection.generation)
+        if connection.suspects:
+            for registration in sent.registrations:
+                connection.suspects.answered(registration.topic_filter)
 
 
 def _without_refused(connection: Connection, registry: Registry[Any], batch: Batch[Any]) -> Batch[Any]:

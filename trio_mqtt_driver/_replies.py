@@ -7,8 +7,6 @@ from typing import Generic, TypeVar
 import attrs
 import trio
 
-from ._types import ReasonCode
-
 T = TypeVar("T")
 
 
@@ -39,12 +37,3 @@ class Reply(Generic[T]):
 class Ping:
     sent_at: float
     reply: Reply[float]
-
-
-@attrs.define
-class Request:
-    """A SUBSCRIBE or UNSUBSCRIBE that waits for its answer."""
-
-    filters: int
-    unsubscribe: bool
-    reply: Reply[tuple[ReasonCode, ...]]

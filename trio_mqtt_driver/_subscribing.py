@@ -31,6 +31,11 @@ def pack_filter(
     return encode_text(topic_filter, "topic_filter") + bytes((options,))
 
 
+def unpack_filter(packed: bytes) -> str:
+    """The Topic Filter that was packed."""
+    return packed[2:-1].decode()
+
+
 def needs_5(packed: bytes) -> bool:
     """Whether a packed Topic Filter asks for what MQTT 3.1.1 cannot say."""
     return packed[-1] > 2

@@ -94,6 +94,7 @@ class Supervisor:
             outbox=outbox,
             counters=history.counters,
             on_downgrade=partial(self.note, "downgrade"),
+            on_suspect=partial(self.note, "suspect", level=logging.WARNING),
             on_remark=partial(self._record, "clock"),
             rng=rng,
         )
@@ -278,7 +279,7 @@ class Supervisor:
                 "%s: the broker refuses %r: %s",
                 self.config.client_id,
                 registration.topic_filter,
-                registration.reason_code,
+                registration.refusal,
             )
         degraded = f", {len(refused)} of them refused" if refused else ""
         self._failover.live(connection.config.endpoint)
@@ -299,8 +300,12 @@ class Supervisor:
                 stable_at = math.inf
                 self._backoff.stable()
                 self._failover.stable()
-            with trio.move_on_at(stable_at):
+            with trio.move_on_at(min(stable_at, connection.suspects.next_try)):
                 await self._registry.wait_work()
+            while (refused := connection.suspects.to_try(trio.current_time())) and not self._registry.ask_again(
+                refused
+            ):
+                connection.suspects.answered(refused)  # nobody wants it any more
             try:
                 await synchronise(connection, self._registry)
             except MQTTDriverError as exc:
@@ -481,7 +486,7 @@ class Supervisor:
             since_last_byte=None if connection is None else now - connection.deadlines.heard_at,
             round_trip=None if connection is None else connection.round_trip,
             subscriptions=self._registry.granted,
-            degraded=tuple((one.topic_filter, str(one.reason_code)) for one in self._registry.degraded),
+            degraded=tuple((one.topic_filter, one.refusal) for one in self._registry.degraded),
             queued=len(self._outbox),
             in_flight=len(self._dialer.session.outgoing),
             unacknowledged=0 if connection is None else len(connection.receiver),

@@ -12,7 +12,18 @@ import trio
 from tests.brokers.grounds import require
 from tests.testing.both_brokers import Peers
 from tests.testing.peers import join, nothing, publish, subscribe
-from trio_mqtt_driver.testing import Access, Ack, Kind, MemoryBroker, Mosquitto, Publish, Suback, Will
+from trio_mqtt_driver.testing import (
+    Access,
+    Ack,
+    Kind,
+    MemoryBroker,
+    Mosquitto,
+    Publish,
+    Suback,
+    Subscribe,
+    SubscriptionRequest,
+    Will,
+)
 
 
 def own_topics(access: Access) -> bool:
@@ -121,6 +132,25 @@ async def test_a_scripted_refusal_comes_before_the_acl(guarded: MemoryBroker) ->
         assert (await publish(client, "you/x", b"")).reason_code == 0x97
         assert await subscribe(client, "you/x") == Suback(packet_id=1, reason_codes=(0x80,))
     assert not guarded.denied
+
+
+async def test_a_broker_may_close_over_what_is_not_allowed(guarded: MemoryBroker) -> None:
+    guarded.options.denied = "close"
+    for packet in (
+        Publish(topic="you/x"),
+        Publish(topic="you/x", qos=1, packet_id=1),
+        Subscribe(
+            packet_id=1, requests=(SubscriptionRequest(topic_filter="me/x"), SubscriptionRequest(topic_filter="you/x"))
+        ),
+    ):
+        client = await join(guarded, "c", **ME)
+        await subscribe(client, "me/y", packet_id=7)
+        await client.send(packet)
+        assert await client.receive() is None
+        assert [access.topic for access in guarded.denied] == ["you/x"]
+        guarded.forget()
+    assert not guarded.published
+    assert not guarded.violations
 
 
 async def test_an_acl_sees_clients_without_a_name(nursery: trio.Nursery) -> None:

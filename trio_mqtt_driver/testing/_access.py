@@ -20,3 +20,5 @@ class Access:
 
 
 ACL: TypeAlias = Callable[[Access], bool]
+
+Denied: TypeAlias = Literal["refuse", "close"]

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import trio
 
-from ._access import ACL, Access
+from ._access import ACL, Access, Denied
 from ._faults import Faults
 from ._filters import matches, require_filter, require_topic, split_share
 from ._packets import Connect, Packet
@@ -52,6 +52,8 @@ class MemoryBroker:
     :param acl: a function that is shown every :class:`Access` and says whether it is allowed; None allows all. What a
         client may not publish, its will included, is forgotten: with QoS 1 and 2 MQTT 5 gets reason code 0x87,
         and 3.1.1, which has none, an ordinary acknowledgement. A subscription is refused with 0x87 or 0x80.
+    :param denied: ``"refuse"`` does that with what the ACL does not allow; ``"close"`` closes the client's connection
+        without a word instead, as AWS IoT Core does.
     :param overlapping: ``"once"`` sends a client one copy of a message that matches several of its subscriptions,
         ``"copies"`` one for each; MQTT allows both.
     :param use_topic_aliases: send Topic Aliases to clients that announce a Topic Alias Maximum. ``sent`` then shows
@@ -71,6 +73,7 @@ class MemoryBroker:
         users: Mapping[str, str] | None = None,
         authenticate: Authenticator | None = None,
         acl: ACL | None = None,
+        denied: Denied = "refuse",
         overlapping: Overlapping = "once",
         receive_maximum: int = 65535,
         maximum_qos: int = 2,
@@ -97,6 +100,7 @@ class MemoryBroker:
             users=users,
             authenticate=authenticate,
             acl=acl,
+            denied=denied,
             overlapping=overlapping,
             receive_maximum=receive_maximum,
             maximum_qos=maximum_qos,

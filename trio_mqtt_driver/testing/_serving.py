@@ -290,6 +290,9 @@ class ServerConnection:
             return
         code = refusal or 0
         if not code and not self._state.allows(session.access("publish", topic)):
+            if options.denied == "close":
+                self.close()
+                return
             code = NOT_AUTHORIZED
         if not code:
             message = Published(
@@ -351,6 +354,9 @@ class ServerConnection:
 
     def _on_subscribe(self, packet: Subscribe, session: Session) -> None:
         self._check_free(packet.packet_id, session)
+        if self._options.denied == "close" and not self._allows_all(packet, session):
+            self.close()
+            return
         codes: list[int] = []
         granted: list[tuple[Subscription, bool]] = []
         for request in packet.requests:
@@ -372,6 +378,10 @@ class ServerConnection:
             if not shared and (handling == 0 or (handling == 1 and new)):
                 self._state.router.send_retained(session, subscription)
         self._state.journal.note()
+
+    def _allows_all(self, packet: Subscribe, session: Session) -> bool:
+        filters = [split_share(request.topic_filter)[1] for request in packet.requests]
+        return all(self._state.allows(session.access("subscribe", plain)) for plain in filters)
 
     def _subscribe_error(self, request: SubscriptionRequest, packet: Subscribe, session: Session) -> int | None:
         options = self._options

@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 import attrs
 import trio
 
-from ._access import ACL, Access
+from ._access import ACL, Access, Denied
 from ._faults import Faults
 from ._journal import Journal
 from ._packets import Connect, Packet
@@ -49,6 +49,7 @@ class BrokerOptions:
     users: Mapping[str, str] | None = attrs.field(default=None, repr=False)
     authenticate: Authenticator | None = None
     acl: ACL | None = None
+    denied: Denied = attrs.field(default="refuse", validator=attrs.validators.in_(("refuse", "close")))
     overlapping: Overlapping = attrs.field(default="once", validator=attrs.validators.in_(("once", "copies")))
     receive_maximum: int = attrs.field(default=65535, validator=_within(1, 65535))
     maximum_qos: int = attrs.field(default=2, validator=_within(0, 2))

@@ -1,0 +1,40 @@
+"""Brokers that close over a Topic Filter: the driver refuses it in their place, and all other subscriptions stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from tests.brokers.grounds import Ground, Protocol, require
+from trio_mqtt_driver import MQTTDriver, State, SubscribeError
+from trio_mqtt_driver.testing import BrokerProcess, Ejabberd, Iotcore
+
+pytestmark = pytest.mark.broker
+
+
+@pytest.mark.parametrize(
+    "make, protocol, forbidden",
+    [
+        pytest.param(Iotcore, "5", "$SYS/#", id="iotcore"),
+        # In MQTT 5 it says in CONNACK that it has no shared subscriptions.
+        pytest.param(Ejabberd, "3.1.1", "$share/group/a", id="ejabberd"),
+    ],
+)
+async def test_a_filter_over_which_the_broker_closes(
+    make: Callable[[], BrokerProcess], protocol: Protocol, forbidden: str
+) -> None:
+    with trio.fail_after(60):
+        async with (
+            require(make()) as broker,
+            MQTTDriver(Ground(broker, protocol).config()) as driver,
+            driver.subscription("in", qos=1) as messages,
+        ):
+            with pytest.raises(SubscribeError, match="the broker ended 3 connections over it"):
+                await driver.subscribe(forbidden, print)
+            counters = driver.status().counters
+            assert (driver.state, counters["losses"], counters["failures"]) == (State.LIVE, 1, 2)
+            await driver.publish("in", b"still there", qos=1)
+            assert (await messages.receive()).payload == b"still there"
+            assert driver.status().counters["losses"] == 1

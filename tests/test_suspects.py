@@ -1,0 +1,460 @@
+"""Brokers that refuse a Topic Filter by ending the connection: one subscription must not cost all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from tests.peers import memory_config
+from trio_mqtt_driver import DriverConfig, Endpoint, Message, MQTTDriver, ReasonCode, State, SubscribeError
+from trio_mqtt_driver._suspects import COPIES, EndpointSuspects, Suspects
+from trio_mqtt_driver.testing import Access, Direction, Kind, MemoryBroker, Subscribe
+
+MINUTE, DAY = 60, 86400
+FORBIDDEN = "forbidden/"
+
+# -- what is learnt ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def suspects() -> Suspects:
+    return Suspects()
+
+
+def blame(suspects: Suspects, name: str, now: float = 0, limit: int = 10, others: bool = True) -> str:
+    return suspects.blame(name, now, limit=limit, others=others)
+
+
+def convict(suspects: Suspects, *names: str, now: float = 0) -> None:
+    for name in names:
+        for _ in range(3):
+            blame(suspects, name, now)
+
+
+def refused(suspects: Suspects, now: float, *names: str) -> list[str]:
+    return [name for name in names if suspects.refused(name, now)]
+
+
+def test_nobody_is_suspected_without_a_reason(suspects: Suspects) -> None:
+    assert (suspects.filters, suspects.next_try, suspects.to_try(1e9)) == (frozenset(), float("inf"), None)
+    assert suspects.refused("a", 0) == ""
+    suspects.answered("a")
+
+
+def test_three_ends_are_enough_if_other_requests_were_answered(suspects: Suspects) -> None:
+    assert blame(suspects, "a") == "over the SUBSCRIBE of 'a', it seems (1 of 3)"
+    assert suspects.filters == {"a"}
+    assert refused(suspects, 0, "a") == []
+    assert blame(suspects, "a") == "over the SUBSCRIBE of 'a', it seems (2 of 3)"
+    assert (refused(suspects, 0, "a"), suspects.next_try) == ([], float("inf"))
+    said = blame(suspects, "a")
+    assert (
+        said == "over the SUBSCRIBE of 'a', it seems (3 by now): that is taken for refused, the next try is in 10 min"
+    )
+    assert suspects.refused("a", 599) == "the broker ended 3 connections over it"
+    assert suspects.filters == {"a"}
+
+
+def test_without_that_it_takes_as_many_as_the_options_say(suspects: Suspects) -> None:
+    for number in range(1, 10):
+        assert f"({number} of 10)" in blame(suspects, "a", others=False)
+    assert refused(suspects, 0, "a") == []
+    assert "taken for refused" in blame(suspects, "a", others=False)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("others", [True, False])
+def test_the_options_may_say_less(suspects: Suspects, limit: int, others: bool) -> None:
+    said = [blame(suspects, "a", limit=limit, others=others) for _ in range(limit)]
+    assert ["taken for refused" in one for one in said] == [False] * (limit - 1) + [True]
+
+
+def test_an_answer_says_that_it_was_the_network(suspects: Suspects) -> None:
+    blame(suspects, "a")
+    blame(suspects, "a")
+    suspects.answered("a")
+    assert suspects.filters == frozenset()
+    assert "(1 of 3)" in blame(suspects, "a")
+
+
+def test_tries_are_further_and_further_apart(suspects: Suspects) -> None:
+    convict(suspects, "a")
+    now, holds = 0.0, []
+    for _ in range(10):
+        holds.append((suspects.next_try - now) / MINUTE)
+        assert refused(suspects, suspects.next_try - 1, "a") == ["a"]
+        now = suspects.next_try
+        assert (suspects.to_try(now), refused(suspects, now, "a")) == ("a", [])
+        blame(suspects, "a", now)
+    assert holds == [10, 20, 40, 80, 160, 320, 640, 1280, 1440, 1440]  # a day at most
+
+
+def test_one_is_tried_at_a_time(suspects: Suspects) -> None:
+    convict(suspects, "a", "b")
+    convict(suspects, "c", now=300)
+    tried = []
+    now = 0.0
+    for _ in range(4):
+        now = suspects.next_try
+        name = suspects.to_try(now)
+        assert name is not None
+        assert refused(suspects, now, "a", "b", "c") == sorted({"a", "b", "c"} - {name})
+        tried.append((name, now / MINUTE))
+        blame(suspects, name, now)
+    assert tried == [("a", 10), ("b", 30), ("c", 70), ("a", 150)]
+
+
+def test_when_one_is_answered_the_next_is_tried_at_once(suspects: Suspects) -> None:
+    convict(suspects, "a", "b")
+    suspects.answered("a")
+    assert (suspects.to_try(600), suspects.to_try(599)) == ("b", None)
+    suspects.answered("b")
+    assert (suspects.to_try(1e9), suspects.next_try) == (None, float("inf"))
+    convict(suspects, "a", now=DAY)
+    assert suspects.next_try == DAY + 600  # all over again
+
+
+def test_the_question_about_copies_is_named(suspects: Suspects) -> None:
+    assert blame(suspects, COPIES) == "over the question about overlapping filters, it seems (1 of 3)"
+
+
+def test_several_have_packets_of_their_own(suspects: Suspects) -> None:
+    assert (
+        suspects.blame_one_of(["a", "b"])
+        == "over a SUBSCRIBE of 2 filters, it seems: each has a packet of its own now"
+    )
+    assert suspects
+    assert suspects.filters == {"a", "b"}
+    assert (suspects.alone("a"), refused(suspects, 0, "a", "b")) == (False, [])
+    blame(suspects, "b")
+    assert (suspects.alone("a"), suspects.alone("b"), suspects.alone("c")) == (False, True, False)
+    suspects.blame_one_of(["b"])
+    assert "(2 of 3)" in blame(suspects, "b")
+
+
+def test_ever_new_filters_and_endpoints_are_forgotten_some_time(suspects: Suspects) -> None:
+    convict(suspects, "a")
+    names = [f"f/{number}" for number in range(9_999)]
+    suspects.blame_one_of(names)
+    assert suspects.filters == {"a", *names}
+    suspects.blame_one_of(["another"])
+    assert suspects.filters == {*names, "another"}
+    assert (refused(suspects, 0, "a"), suspects.next_try) == ([], float("inf"))
+    everywhere = EndpointSuspects()
+    first = everywhere.of(Endpoint(host="first", port=1))
+    for number in range(9_999):
+        everywhere.of(Endpoint(host=f"h{number}", port=1))
+    assert everywhere.of(Endpoint(host="first", port=1)) is first
+    everywhere.of(Endpoint(host="another", port=1))
+    again = everywhere.of(Endpoint(host="first", port=1))
+    assert again is not first
+    everywhere.forget()
+    assert everywhere.of(Endpoint(host="first", port=1)) is not again
+
+
+# -- a driver ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["5", "3.1.1"])
+def protocol(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def allowed(access: Access) -> bool:
+    return not access.topic.startswith(FORBIDDEN)
+
+
+@pytest.fixture
+def broker(nursery: trio.Nursery) -> MemoryBroker:
+    return MemoryBroker(nursery, acl=allowed, denied="close")
+
+
+def said(driver: MQTTDriver) -> list[str]:
+    return [event.text for event in driver.status().history if event.kind == "suspect"]
+
+
+def broken(driver: MQTTDriver) -> tuple[int, int]:
+    """Links that were lost, and attempts that failed."""
+    counters = driver.status().counters
+    return counters["losses"], counters["failures"]
+
+
+def on_broker(broker: MemoryBroker, driver: MQTTDriver) -> list[str]:
+    return sorted(broker.subscriptions(str(driver.client_id)))
+
+
+async def lose_link(broker: MemoryBroker, driver: MQTTDriver) -> None:
+    broker.drop()
+    await driver.wait_state(State.BACKING_OFF, State.PAUSED)
+    await driver.wait_live()
+
+
+async def ignore(_message: Message[bytes]) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("stable", [False, True])
+async def test_a_forbidden_filter_is_refused_and_the_others_stay(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any, stable: bool
+) -> None:
+    ends = 10 if stable else 3  # a session that goes on asks for nothing else, so nothing else is answered
+    async with MQTTDriver(memory_config(broker, protocol=protocol, stable_id=stable)) as driver:
+        seen: list[str] = []
+        for number in range(3):
+            await driver.subscribe(f"in/{number}", lambda message: seen.append(message.topic))
+        why = rf"'forbidden/a': unspecified error \(0x80\): the broker ended {ends} connections over it$"
+        with pytest.raises(SubscribeError, match=why) as caught:
+            await driver.subscribe(FORBIDDEN + "a", ignore)
+        assert caught.value.reason_code is ReasonCode.UNSPECIFIED_ERROR
+        assert (driver.state, broken(driver)) == (State.LIVE, (1, ends - 1))
+        first, *others, last = said(driver)
+        assert first == "mqtt://memory:1883 ended a connection over the SUBSCRIBE of 'forbidden/a', it seems (1 of 3)"
+        assert [text[-9:] for text in others] == [f" ({number} of {ends})"[-9:] for number in range(2, ends)]
+        assert last.endswith(f"({ends} by now): that is taken for refused, the next try is in 10 min")
+        await driver.publish("in/1", b"", qos=1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert seen == ["in/1"]
+        # Nobody wants it any more: no link is put at stake for it.
+        await trio.sleep(DAY)
+        assert broken(driver) == (1, ends - 1)
+        assert on_broker(broker, driver) == ["in/0", "in/1", "in/2"]
+    assert not broker.violations
+
+
+async def test_while_it_is_taken_for_refused_nothing_is_asked(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in", ignore)
+        for _ in range(5):
+            with pytest.raises(SubscribeError):
+                await driver.subscribe(FORBIDDEN + "a", ignore)
+        assert broken(driver) == (1, 2)
+
+
+async def test_what_is_forbidden_later_is_degraded_and_comes_back(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    broker.options.acl = None
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        subscriptions = [await driver.subscribe(name, ignore) for name in ("in", FORBIDDEN + "a", "other")]
+        broker.options.acl = allowed
+        await lose_link(broker, driver)
+        assert broken(driver) == (1, 5)  # two more until a packet has one filter
+        degraded = subscriptions[1]
+        assert degraded.degraded is ReasonCode.UNSPECIFIED_ERROR
+        assert driver.status().degraded == (
+            (FORBIDDEN + "a", "unspecified error (0x80): the broker ended 3 connections over it"),
+        )
+        assert on_broker(broker, driver) == ["in", "other"]
+        await trio.sleep(11 * MINUTE)  # a try in vain costs the link, once
+        assert (driver.state, broken(driver)) == (State.LIVE, (2, 5))
+        assert driver.status().degraded == (
+            (FORBIDDEN + "a", "unspecified error (0x80): the broker ended 4 connections over it"),
+        )
+        await trio.sleep(8 * MINUTE)
+        broker.options.acl = None
+        assert degraded.degraded is not None
+        await trio.sleep(12 * MINUTE)
+        assert subscriptions[1].degraded is None
+        assert (driver.status().degraded, broken(driver)) == ((), (2, 5))
+        assert on_broker(broker, driver) == [FORBIDDEN + "a", "in", "other"]
+        await lose_link(broker, driver)
+        assert on_broker(broker, driver) == [FORBIDDEN + "a", "in", "other"]
+    assert not broker.violations
+
+
+async def test_a_replay_tries_as_well(autojump_clock: MockClock, broker: MemoryBroker, protocol: Any) -> None:
+    broker.options.acl = None
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        for name in ("in", FORBIDDEN + "a", FORBIDDEN + "b"):
+            await driver.subscribe(name, ignore)
+        broker.options.acl = allowed
+        await lose_link(broker, driver)
+        assert [name for name, _ in driver.status().degraded] == [FORBIDDEN + "a", FORBIDDEN + "b"]
+        broker.options.acl = None
+        broker.down = True
+        broker.drop()
+        await trio.sleep(20 * MINUTE)
+        broker.down = False
+        await driver.wait_live()
+        assert (driver.status().degraded, on_broker(broker, driver)) == ((), [FORBIDDEN + "a", FORBIDDEN + "b", "in"])
+    assert not broker.violations
+
+
+async def test_several_are_told_apart_from_many(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    names = [f"in/{number}" if number % 7 else f"{FORBIDDEN}{number}" for number in range(30)]
+    good = sorted(name for name in names if not name.startswith(FORBIDDEN))
+    refusals: list[str] = []
+
+    async def subscribe(driver: MQTTDriver, name: str) -> None:
+        try:
+            await driver.subscribe(name, ignore)
+        except SubscribeError as exc:
+            refusals.append(exc.topic_filter)
+
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(subscribe, driver, name)
+        assert sorted(refusals) == sorted(set(names) - set(good))
+        assert on_broker(broker, driver) == good
+        before = broken(driver)
+        await lose_link(broker, driver)
+        assert broken(driver) == (before[0] + 1, before[1])
+    assert not broker.violations
+
+
+async def test_whatever_their_number_one_link_is_put_at_stake_for_them(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    broker.options.acl = None
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        for name in ("in", *(f"{FORBIDDEN}{number}" for number in range(5))):
+            await driver.subscribe(name, ignore)
+        broker.options.acl = allowed
+        await lose_link(broker, driver)
+        assert len(driver.status().degraded) == 5
+        losses = []
+        for until in (9, 15, 35, 75, 155):
+            await trio.sleep(until * MINUTE - trio.current_time() % DAY)
+            losses.append(broken(driver)[0])
+        assert losses[-1] - losses[0] == 4
+        assert len(driver.status().degraded) == 5
+        broker.options.acl = None
+        await trio.sleep(3 * 3600)
+        assert (driver.status().degraded, broken(driver)[0]) == ((), losses[-1])
+        assert len(on_broker(broker, driver)) == 6
+    assert not broker.violations
+
+
+async def test_the_only_subscription_takes_longer(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=protocol, quarantine_after=6)) as driver:
+        with pytest.raises(SubscribeError, match="the broker ended 6 connections over it"):
+            await driver.subscribe(FORBIDDEN + "a", ignore)
+        assert broken(driver) == (1, 5)
+
+
+async def test_it_can_be_switched_off(autojump_clock: MockClock, broker: MemoryBroker, protocol: Any) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=protocol, quarantine_after=0)) as driver:
+        await driver.subscribe("in", ignore)
+        with trio.move_on_after(3600):
+            await driver.subscribe(FORBIDDEN + "a", ignore)
+        assert (said(driver), driver.state) == ([], State.PAUSED)
+        assert driver.generation == 1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_an_outage_at_that_moment_costs_no_subscription(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any, times: int
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in", ignore)
+        broker.faults.cut(Kind.SUBSCRIBE, times=times, direction=Direction.IN, before=True)
+        await driver.subscribe("also", ignore)
+        assert (len(said(driver)), driver.status().degraded) == (times, ())
+        await lose_link(broker, driver)
+        broker.forget()
+        await lose_link(broker, driver)
+        assert sum(isinstance(packet, Subscribe) for _, packet in broker.received) == 1  # together again
+        assert on_broker(broker, driver) == ["also", "in"]
+
+
+async def test_a_broker_that_is_out_of_order_for_a_while(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    """It closes over every SUBSCRIBE; an hour after that everything is as it was, without anybody's doing."""
+    broker.options.acl = None
+    names = [f"in/{number}" for number in range(5)]
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        for name in names:
+            await driver.subscribe(name, ignore)
+        broker.options.acl = lambda access: access.action == "publish"
+        broker.drop()
+        await trio.sleep(2 * 3600)
+        broker.options.acl = None
+        await trio.sleep(3600)
+        await driver.wait_live()
+        assert (driver.status().degraded, on_broker(broker, driver)) == ((), names)
+
+
+async def test_a_request_that_has_not_left_accuses_nobody(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in", ignore)
+        connection = driver._supervisor.connection
+        assert connection is not None
+        held = connection._writer.hold()
+        assert held
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(driver.subscribe, "also", ignore)
+            await trio.testing.wait_all_tasks_blocked()
+            assert connection.requests
+            broker.drop()
+        assert said(driver) == []
+
+
+@pytest.mark.parametrize("protocol", ["3.1.1"])
+async def test_the_question_about_copies_is_not_asked_for_ever(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    broker.options.acl = lambda access: not access.topic.endswith(("/copies", "/+"))
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in/a", ignore)
+        await driver.subscribe("in/#", ignore)
+        assert broken(driver) == (1, 2)
+        assert all("over the question about overlapping filters" in text for text in said(driver))
+        assert on_broker(broker, driver) == ["in/#", "in/a"]
+        await lose_link(broker, driver)
+        assert broken(driver) == (2, 2)
+        await trio.sleep(11 * MINUTE)
+        assert broken(driver) == (2, 2)
+        await lose_link(broker, driver)  # asked again
+        assert broken(driver) == (3, 3)
+        broker.options.acl = None
+        await trio.sleep(30 * MINUTE)
+        await lose_link(broker, driver)
+        assert broken(driver) == (4, 3)
+        assert on_broker(broker, driver) == ["in/#", "in/a"]
+
+
+async def test_new_settings_begin_anew(autojump_clock: MockClock, broker: MemoryBroker, protocol: Any) -> None:
+    broker.options.acl = None
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in", ignore)
+        await driver.subscribe(FORBIDDEN + "a", ignore)
+        broker.options.acl = allowed
+        await lose_link(broker, driver)
+        assert len(driver.status().degraded) == 1
+        broker.options.acl = None
+        config = driver.config
+        assert isinstance(config, DriverConfig)
+        driver.apply_settings(config)
+        await driver.wait_live()
+        assert (driver.status().degraded, on_broker(broker, driver)) == ((), [FORBIDDEN + "a", "in"])
+
+
+async def test_a_forbidden_test_publish_is_named(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    broker.options.acl = lambda _access: False
+    async with MQTTDriver(memory_config(broker, protocol=protocol), start="background") as driver:
+        await driver.wait_state(State.BACKING_OFF)
+        assert "closed the connection after the test publish to 'trio_mqtt_driver/probe/driver_" in str(
+            driver.status().last_error
+        )
+        assert "if it always does, allow it in the broker's access list" in str(driver.status().last_error)
+        broker.options.acl = None
+        await driver.wait_live()
+        broker.drop()
+        await driver.wait_state(State.BACKING_OFF)
+        assert "test publish" not in str(driver.status().last_error)
