@@ -197,6 +197,11 @@ async def ignore(_message: Message[bytes]) -> None:
     await trio.lowlevel.checkpoint()
 
 
+async def refuse(driver: MQTTDriver, name: str, user_properties: tuple[tuple[str, str], ...] = ()) -> None:
+    with pytest.raises(SubscribeError):
+        await driver.subscribe(name, ignore, user_properties=user_properties)
+
+
 @pytest.mark.parametrize("stable", [False, True])
 async def test_a_forbidden_filter_is_refused_and_the_others_stay(
     autojump_clock: MockClock, broker: MemoryBroker, protocol: Any, stable: bool
@@ -420,11 +425,102 @@ async def test_the_question_about_copies_is_not_asked_for_ever(
         assert broken(driver) == (2, 2)
         await lose_link(broker, driver)  # asked again
         assert broken(driver) == (3, 3)
-        broker.options.acl = None
+        forbidding, broker.options.acl = broker.options.acl, None
         await trio.sleep(30 * MINUTE)
         await lose_link(broker, driver)
         assert broken(driver) == (4, 3)
         assert on_broker(broker, driver) == ["in/#", "in/a"]
+        broker.options.acl = forbidding  # all over again
+        await lose_link(broker, driver)
+        assert broken(driver) == (5, 6)
+        driver.apply_settings(driver.config)
+        await driver.wait_live()
+        assert broken(driver) == (5, 9)
+
+
+@pytest.mark.parametrize("protocol", ["3.1.1"])
+async def test_once_it_is_answered_it_is_not_to_blame(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in/a", ignore)
+        await driver.subscribe("in/#", ignore)
+        with pytest.raises(SubscribeError, match="the broker ended 3 connections over it"):
+            await driver.subscribe(FORBIDDEN + "a", ignore)
+
+
+async def test_when_the_guilty_one_is_found_the_others_are_together_again(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(driver.subscribe, f"in/{number}", ignore)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(driver.subscribe, "in/x", ignore)
+            nursery.start_soon(refuse, driver, FORBIDDEN + "a")
+            nursery.start_soon(driver.subscribe, "in/y", ignore)
+        assert "over a SUBSCRIBE of 3 filters, it seems: each has a packet of its own now" in said(driver)[0]
+        await lose_link(broker, driver)
+        broker.forget()
+        await lose_link(broker, driver)
+        assert sum(isinstance(packet, Subscribe) for _, packet in broker.received) == 1
+
+
+async def test_it_is_not_the_number_of_what_stands_behind(autojump_clock: MockClock, broker: MemoryBroker) -> None:
+    async with MQTTDriver(memory_config(broker)) as driver:
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(refuse, driver, f"{FORBIDDEN}{number}", (("number", str(number)),))
+            await trio.testing.wait_all_tasks_blocked()
+            for number in range(100):
+                nursery.start_soon(driver.subscribe, f"in/{number}", ignore)
+        assert [event.text for event in driver.status().history if event.kind == "downgrade"] == []
+        broker.forget()
+        await lose_link(broker, driver)
+        assert sum(isinstance(packet, Subscribe) for _, packet in broker.received) == 1
+
+
+async def test_what_the_broker_says_itself_is_said(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    broker.options.acl = None
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in", ignore)
+        await driver.subscribe(FORBIDDEN + "a", ignore)
+        broker.options.acl = allowed
+        await lose_link(broker, driver)
+        broker.options.denied = "refuse"
+        await trio.sleep(11 * MINUTE)
+        code = "not authorized (0x87)" if protocol == "5" else "unspecified error (0x80)"
+        assert driver.status().degraded == ((FORBIDDEN + "a", code),)
+        assert broken(driver)[0] == 1
+
+
+async def test_a_try_that_cannot_be_made_is_none(autojump_clock: MockClock, broker: MemoryBroker) -> None:
+    broker.options.acl = None
+    async with MQTTDriver(memory_config(broker)) as driver:
+        await driver.subscribe("in", ignore)
+        await driver.subscribe(FORBIDDEN + "#", ignore)
+        broker.options.acl = allowed
+        await lose_link(broker, driver)
+        broker.options.wildcard_available = False
+        await lose_link(broker, driver)
+        await trio.sleep(DAY)
+        assert broken(driver)[0] == 2
+        assert driver.status().degraded == ((FORBIDDEN + "#", "wildcard subscriptions not supported (0xa2)"),)
+
+
+async def test_a_link_that_goes_silent_accuses_nobody(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    options = {"keep_alive": 5, "ping_timeout": 5, "subscribe_timeout": 60, "protocol": protocol}
+    async with MQTTDriver(memory_config(broker, **options)) as driver:
+        await driver.subscribe("in", ignore)
+        broker.silence()
+        await driver.subscribe("also", ignore)
+        assert "KeepAliveError" in str(driver.status().last_error)
+        assert said(driver) == []
 
 
 async def test_new_settings_begin_anew(autojump_clock: MockClock, broker: MemoryBroker, protocol: Any) -> None:

@@ -49,9 +49,10 @@ class Requests:
         """The Topic Filters over one of which a broker ends the connection, if it does so over a SUBSCRIBE: it was the
         next to be answered. ``flushed`` is how many bytes have left."""
         for request in self._waiting.values():
-            if request.unsubscribe or request.wire_end > flushed:
+            if request.wire_end > flushed:
                 break
-            return [unpack_filter(packed) for packed in request.filters[: request.number] if isinstance(packed, bytes)]
+            filters = request.filters[: request.number]
+            return [unpack_filter(packed) for packed in filters if isinstance(packed, bytes)]  # none of UNSUBSCRIBE
         return []
 
     def add(self, packet_id: int, filters: Sequence[bytes] | Sequence[str], wire_end: int) -> Reply[Codes]:
