@@ -48,12 +48,11 @@ class Requests:
     def accused(self, flushed: int) -> list[str]:
         """The Topic Filters over one of which a broker ends the connection, if it does so over a SUBSCRIBE: it was the
         next to be answered. ``flushed`` is how many bytes have left."""
-        for request in self._waiting.values():
-            if request.wire_end > flushed:
-                break
-            filters = request.filters[: request.number]
-            return [unpack_filter(packed) for packed in filters if isinstance(packed, bytes)]  # none of UNSUBSCRIBE
-        return []
+        request = next(iter(self._waiting.values()), None)
+        if request is None or request.wire_end > flushed:
+            return []
+        filters = request.filters[: request.number]
+        return [unpack_filter(packed) for packed in filters if isinstance(packed, bytes)]  # none of UNSUBSCRIBE
 
     def add(self, packet_id: int, filters: Sequence[bytes] | Sequence[str], wire_end: int) -> Reply[Codes]:
         """One is sent, and will have left when ``wire_end`` bytes of the connection have."""
