@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from trio.testing import MockClock
 from tests.peers import memory_config
 from trio_mqtt_driver import DriverConfig, Endpoint, Message, MQTTDriver, ReasonCode, State, SubscribeError
 from trio_mqtt_driver._suspects import COPIES, EndpointSuspects, Suspects
-from trio_mqtt_driver.testing import Access, Direction, Kind, MemoryBroker, Subscribe
+from trio_mqtt_driver.testing import Access, Direction, Kind, MemoryBroker, Subscribe, Unsubscribe
 
 MINUTE, DAY = 60, 86400
 FORBIDDEN = "forbidden/"
@@ -25,6 +27,9 @@ def suspects() -> Suspects:
     return Suspects()
 
 
+ALL = frozenset({"a", "b", "c"})
+
+
 def blame(suspects: Suspects, name: str, now: float = 0, limit: int = 10, others: bool = True) -> str:
     return suspects.blame(name, now, limit=limit, others=others)
 
@@ -35,34 +40,38 @@ def convict(suspects: Suspects, *names: str, now: float = 0) -> None:
             blame(suspects, name, now)
 
 
-def refused(suspects: Suspects, now: float, *names: str) -> list[str]:
-    return [name for name in names if suspects.refused(name, now)]
+def left_out(suspects: Suspects, now: float) -> list[str]:
+    return sorted(suspects.left_out(now, ALL))
 
 
 def test_nobody_is_suspected_without_a_reason(suspects: Suspects) -> None:
-    assert (suspects.filters, suspects.next_try, suspects.to_try(1e9)) == (frozenset(), float("inf"), None)
-    assert suspects.refused("a", 0) == ""
-    suspects.answered("a")
+    assert not suspects
+    assert suspects.filters == frozenset()
+    assert suspects.next_try(ALL) == math.inf
+    assert suspects.to_try(1e9, ALL) is None
+    assert suspects.left_out(0, ALL) == {}
+    suspects.answered("a", 0)
 
 
 def test_three_ends_are_enough_if_other_requests_were_answered(suspects: Suspects) -> None:
     assert blame(suspects, "a") == "over the SUBSCRIBE of 'a', it seems (1 of 3)"
     assert suspects.filters == {"a"}
-    assert refused(suspects, 0, "a") == []
+    assert suspects.alone("a")
     assert blame(suspects, "a") == "over the SUBSCRIBE of 'a', it seems (2 of 3)"
-    assert (refused(suspects, 0, "a"), suspects.next_try) == ([], float("inf"))
+    assert left_out(suspects, 0) == []
+    assert suspects.next_try(ALL) == math.inf
     said = blame(suspects, "a")
     assert (
         said == "over the SUBSCRIBE of 'a', it seems (3 by now): that is taken for refused, the next try is in 10 min"
     )
-    assert suspects.refused("a", 599) == "the broker ended 3 connections over it"
+    assert suspects.left_out(599, ALL) == {"a": "3 connections ended over it"}
     assert suspects.filters == {"a"}
 
 
 def test_without_that_it_takes_as_many_as_the_options_say(suspects: Suspects) -> None:
     for number in range(1, 10):
         assert f"({number} of 10)" in blame(suspects, "a", others=False)
-    assert refused(suspects, 0, "a") == []
+    assert left_out(suspects, 0) == []
     assert "taken for refused" in blame(suspects, "a", others=False)
 
 
@@ -76,74 +85,96 @@ def test_the_options_may_say_less(suspects: Suspects, limit: int, others: bool) 
 def test_an_answer_says_that_it_was_the_network(suspects: Suspects) -> None:
     blame(suspects, "a")
     blame(suspects, "a")
-    suspects.answered("a")
-    assert suspects.filters == frozenset()
+    suspects.answered("a", 0)
+    assert not suspects
     assert "(1 of 3)" in blame(suspects, "a")
+
+
+def test_what_is_long_ago_counts_no_more(suspects: Suspects) -> None:
+    assert "(1 of 3)" in blame(suspects, "a")
+    assert "(2 of 3)" in blame(suspects, "a", now=3600)
+    assert "(1 of 3)" in blame(suspects, "a", now=7201)
+    convict(suspects, "b")
+    assert "(4 by now)" in blame(suspects, "b", now=DAY)
 
 
 def test_tries_are_further_and_further_apart(suspects: Suspects) -> None:
     convict(suspects, "a")
     now, holds = 0.0, []
     for _ in range(10):
-        holds.append((suspects.next_try - now) / MINUTE)
-        assert refused(suspects, suspects.next_try - 1, "a") == ["a"]
-        now = suspects.next_try
-        assert (suspects.to_try(now), refused(suspects, now, "a")) == ("a", [])
+        at = suspects.next_try(ALL)
+        holds.append((at - now) / MINUTE)
+        assert (suspects.to_try(at - 1, ALL), left_out(suspects, at - 1)) == (None, ["a"])
+        assert (suspects.to_try(at, ALL), left_out(suspects, at)) == ("a", [])
+        now = at
         blame(suspects, "a", now)
     assert holds == [10, 20, 40, 80, 160, 320, 640, 1280, 1440, 1440]  # a day at most
 
 
-def test_one_is_tried_at_a_time(suspects: Suspects) -> None:
+def test_one_is_tried_at_a_time_and_no_other_soon_after(suspects: Suspects) -> None:
     convict(suspects, "a", "b")
     convict(suspects, "c", now=300)
     tried = []
-    now = 0.0
-    for _ in range(4):
-        now = suspects.next_try
-        name = suspects.to_try(now)
+    for _ in range(7):
+        now = suspects.next_try(ALL)
+        name = suspects.to_try(now, ALL)
         assert name is not None
-        assert refused(suspects, now, "a", "b", "c") == sorted({"a", "b", "c"} - {name})
+        assert left_out(suspects, now) == sorted(ALL - {name})
         tried.append((name, now / MINUTE))
         blame(suspects, name, now)
-    assert tried == [("a", 10), ("b", 30), ("c", 70), ("a", 150)]
+    assert tried == [("a", 10), ("b", 20), ("c", 30), ("a", 40), ("b", 50), ("c", 60), ("a", 80)]
 
 
 def test_when_one_is_answered_the_next_is_tried_at_once(suspects: Suspects) -> None:
+    told: list[str] = []
+    suspects = EndpointSuspects(told.append).of(Endpoint(host="h", port=1))
     convict(suspects, "a", "b")
-    suspects.answered("a")
-    assert (suspects.to_try(600), suspects.to_try(599)) == ("b", None)
-    suspects.answered("b")
-    assert (suspects.to_try(1e9), suspects.next_try) == (None, float("inf"))
-    convict(suspects, "a", now=DAY)
-    assert suspects.next_try == DAY + 600  # all over again
+    suspects.answered("a", 600)
+    assert (suspects.to_try(600, ALL), suspects.to_try(599, ALL)) == ("b", None)
+    suspects.answered("b", 600)
+    assert suspects.to_try(1e9, ALL) is None
+    assert told == [f"mqtt://h:1: {name!r} is not taken for refused any more" for name in ("a", "b")]
+
+
+def test_what_nobody_wants_is_not_tried_and_not_forgotten(suspects: Suspects) -> None:
+    convict(suspects, "a", "b")
+    wanted = {"b"}
+    blame(suspects, "b", 600)
+    assert (suspects.to_try(DAY, wanted), suspects.next_try(wanted)) == ("b", 1800)
+    assert (suspects.to_try(DAY, set()), suspects.next_try(set())) == (None, math.inf)
+    assert sorted(suspects.left_out(DAY, set())) == ["a", "b"]
+    assert suspects.to_try(DAY, {"a"}) == "a"
+    assert "the next try is in 20 min" in blame(suspects, "a", DAY)
 
 
 def test_the_question_about_copies_is_named(suspects: Suspects) -> None:
     assert blame(suspects, COPIES) == "over the question about overlapping filters, it seems (1 of 3)"
 
 
-def test_several_have_packets_of_their_own(suspects: Suspects) -> None:
-    assert (
-        suspects.blame_one_of(["a", "b"])
-        == "over a SUBSCRIBE of 2 filters, it seems: each has a packet of its own now"
-    )
+def test_several_have_packets_of_their_own_for_an_hour(suspects: Suspects) -> None:
+    said = suspects.blame_one_of(["a", "b"], 0)
+    assert said == "over a SUBSCRIBE of 2 filters, it seems: each has a packet of its own now"
     assert suspects
     assert suspects.filters == {"a", "b"}
-    assert (suspects.alone("a"), refused(suspects, 0, "a", "b")) == (False, [])
+    assert (suspects.alone("a"), left_out(suspects, 0)) == (False, [])
     blame(suspects, "b")
     assert (suspects.alone("a"), suspects.alone("b"), suspects.alone("c")) == (False, True, False)
-    suspects.blame_one_of(["b"])
-    assert "(2 of 3)" in blame(suspects, "b")
+    suspects.blame_one_of(["b"], 10)
+    assert "(2 of 3)" in blame(suspects, "b", 20)
+    suspects.answered("a", 3600)
+    assert suspects.filters == {"a", "b"}
+    suspects.answered("a", 3601)
+    assert suspects.filters == {"b"}
 
 
 def test_ever_new_filters_and_endpoints_are_forgotten_some_time(suspects: Suspects) -> None:
     convict(suspects, "a")
     names = [f"f/{number}" for number in range(9_999)]
-    suspects.blame_one_of(names)
+    suspects.blame_one_of(names, 0)
     assert suspects.filters == {"a", *names}
-    suspects.blame_one_of(["another"])
+    suspects.blame_one_of(["another"], 0)
     assert suspects.filters == {*names, "another"}
-    assert (refused(suspects, 0, "a"), suspects.next_try) == ([], float("inf"))
+    assert left_out(suspects, 0) == []
     everywhere = EndpointSuspects()
     first = everywhere.of(Endpoint(host="first", port=1))
     for number in range(9_999):
@@ -211,13 +242,16 @@ async def test_a_forbidden_filter_is_refused_and_the_others_stay(
         seen: list[str] = []
         for number in range(3):
             await driver.subscribe(f"in/{number}", lambda message: seen.append(message.topic))
-        why = rf"'forbidden/a': unspecified error \(0x80\): the broker ended {ends} connections over it$"
+        why = rf"'forbidden/a': unspecified error \(0x80\): {ends} connections ended over it$"
         with pytest.raises(SubscribeError, match=why) as caught:
             await driver.subscribe(FORBIDDEN + "a", ignore)
         assert caught.value.reason_code is ReasonCode.UNSPECIFIED_ERROR
-        assert (driver.state, broken(driver)) == (State.LIVE, (1, ends - 1))
+        assert broken(driver) == (1, ends - 1)
+        await driver.wait_live()
         first, *others, last = said(driver)
-        assert first == "mqtt://memory:1883 ended a connection over the SUBSCRIBE of 'forbidden/a', it seems (1 of 3)"
+        assert (
+            first == "a connection to mqtt://memory:1883 ended over the SUBSCRIBE of 'forbidden/a', it seems (1 of 3)"
+        )
         assert [text[-9:] for text in others] == [f" ({number} of {ends})"[-9:] for number in range(2, ends)]
         assert last.endswith(f"({ends} by now): that is taken for refused, the next try is in 10 min")
         await driver.publish("in/1", b"", qos=1)
@@ -253,13 +287,13 @@ async def test_what_is_forbidden_later_is_degraded_and_comes_back(
         degraded = subscriptions[1]
         assert degraded.degraded is ReasonCode.UNSPECIFIED_ERROR
         assert driver.status().degraded == (
-            (FORBIDDEN + "a", "unspecified error (0x80): the broker ended 3 connections over it"),
+            (FORBIDDEN + "a", "unspecified error (0x80): 3 connections ended over it"),
         )
         assert on_broker(broker, driver) == ["in", "other"]
         await trio.sleep(11 * MINUTE)  # a try in vain costs the link, once
         assert (driver.state, broken(driver)) == (State.LIVE, (2, 5))
         assert driver.status().degraded == (
-            (FORBIDDEN + "a", "unspecified error (0x80): the broker ended 4 connections over it"),
+            (FORBIDDEN + "a", "unspecified error (0x80): 4 connections ended over it"),
         )
         await trio.sleep(8 * MINUTE)
         broker.options.acl = None
@@ -287,6 +321,7 @@ async def test_a_replay_tries_as_well(autojump_clock: MockClock, broker: MemoryB
         await trio.sleep(20 * MINUTE)
         broker.down = False
         await driver.wait_live()
+        await trio.testing.wait_all_tasks_blocked()  # the second one is tried when the first one has worked
         assert (driver.status().degraded, on_broker(broker, driver)) == ((), [FORBIDDEN + "a", FORBIDDEN + "b", "in"])
     assert not broker.violations
 
@@ -309,6 +344,7 @@ async def test_several_are_told_apart_from_many(
             for name in names:
                 nursery.start_soon(subscribe, driver, name)
         assert sorted(refusals) == sorted(set(names) - set(good))
+        await driver.wait_live()
         assert on_broker(broker, driver) == good
         before = broken(driver)
         await lose_link(broker, driver)
@@ -316,7 +352,7 @@ async def test_several_are_told_apart_from_many(
     assert not broker.violations
 
 
-async def test_whatever_their_number_one_link_is_put_at_stake_for_them(
+async def test_whatever_their_number_no_two_links_are_put_at_stake_within_ten_minutes(
     autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
 ) -> None:
     broker.options.acl = None
@@ -326,24 +362,97 @@ async def test_whatever_their_number_one_link_is_put_at_stake_for_them(
         broker.options.acl = allowed
         await lose_link(broker, driver)
         assert len(driver.status().degraded) == 5
-        losses = []
-        for until in (9, 15, 35, 75, 155):
-            await trio.sleep(until * MINUTE - trio.current_time() % DAY)
-            losses.append(broken(driver)[0])
-        assert losses[-1] - losses[0] == 4
+        lost: list[float] = []
+        driver.register_connection_callback(lambda up: None if up else lost.append(trio.current_time()))
+        await trio.sleep(DAY)
+        assert len(lost) == 5 * 7
+        assert min(later - earlier for earlier, later in pairwise(lost)) > 599
         assert len(driver.status().degraded) == 5
         broker.options.acl = None
-        await trio.sleep(3 * 3600)
-        assert (driver.status().degraded, broken(driver)[0]) == ((), losses[-1])
+        await trio.sleep(DAY)
+        assert (driver.status().degraded, len(lost)) == ((), 5 * 7)
         assert len(on_broker(broker, driver)) == 6
     assert not broker.violations
+
+
+async def test_who_asks_again_and_again_does_not_cost_more(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in", ignore)
+        for _ in range(24 * 60):
+            await refuse(driver, FORBIDDEN + "a")
+            await trio.sleep(MINUTE)
+        assert broken(driver) == (1 + 7, 2)
+        broker.options.acl = None
+        await trio.sleep(DAY)
+        await driver.subscribe(FORBIDDEN + "a", ignore)
+        assert on_broker(broker, driver) == [FORBIDDEN + "a", "in"]
+        assert broken(driver) == (1 + 7, 2)
+    assert not broker.violations
+
+
+@pytest.mark.parametrize("stable", [False, True])
+async def test_what_was_never_there_is_not_unsubscribed(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any, stable: bool
+) -> None:
+    """iotcore leaves that unanswered."""
+    async with MQTTDriver(memory_config(broker, protocol=protocol, stable_id=stable)) as driver:
+        await driver.subscribe("in", ignore)
+        for _ in range(3):
+            await refuse(driver, FORBIDDEN + "a")
+            await driver.wait_live()
+        assert not any(isinstance(packet, Unsubscribe) for _, packet in broker.received)
+
+
+@pytest.mark.parametrize("stable", [False, True])
+async def test_what_is_there_is_unsubscribed(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any, stable: bool
+) -> None:
+    """In a session that goes on the broker may have what it will not hear of any more."""
+    config = memory_config(broker, protocol=protocol, stable_id=stable, quarantine_after=3)
+    broker.options.acl = None
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("in", ignore)
+        subscription = await driver.subscribe(FORBIDDEN + "a", ignore)
+        broker.options.acl = allowed
+        with pytest.raises(SubscribeError):
+            await driver.subscribe(FORBIDDEN + "a", ignore)  # asked for again, for the retained messages
+        await driver.wait_live()
+        assert on_broker(broker, driver) == ([FORBIDDEN + "a", "in"] if stable else ["in"])
+        broker.forget()
+        await driver.unsubscribe(subscription)
+        await trio.testing.wait_all_tasks_blocked()
+        assert on_broker(broker, driver) == ["in"]
+        assert any(isinstance(packet, Unsubscribe) for _, packet in broker.received) is stable
+    assert not broker.violations
+
+
+async def test_filters_that_are_too_much_together_cost_an_attempt_an_hour(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """There are as many short ones in a packet as long ones, so it is not their number. 3.1.1 can announce nothing."""
+    broker = MemoryBroker(nursery, maximum_packet_size=1000)
+    async with MQTTDriver(memory_config(broker, protocol="3.1.1", replay_batch=20)) as driver:
+        for length in (0, 100):
+            async with trio.open_nursery() as subscribing:
+                for number in range(20):
+                    subscribing.start_soon(driver.subscribe, f"{number:02}{length * 'x'}", ignore)
+        failures = []
+        for _ in range(4):
+            for _ in range(5):
+                await lose_link(broker, driver)
+                assert len(on_broker(broker, driver)) == 40
+            failures.append(broken(driver)[1])
+            await trio.sleep(3601)
+        assert failures == [0, 1, 2, 3]
 
 
 async def test_the_only_subscription_takes_longer(
     autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
 ) -> None:
     async with MQTTDriver(memory_config(broker, protocol=protocol, quarantine_after=6)) as driver:
-        with pytest.raises(SubscribeError, match="the broker ended 6 connections over it"):
+        with pytest.raises(SubscribeError, match="6 connections ended over it"):
             await driver.subscribe(FORBIDDEN + "a", ignore)
         assert broken(driver) == (1, 5)
 
@@ -376,7 +485,7 @@ async def test_an_outage_at_that_moment_costs_no_subscription(
 async def test_a_broker_that_is_out_of_order_for_a_while(
     autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
 ) -> None:
-    """It closes over every SUBSCRIBE; an hour after that everything is as it was, without anybody's doing."""
+    """It closes over every SUBSCRIBE. Some time after that everything is as it was, without anybody's doing."""
     broker.options.acl = None
     names = [f"in/{number}" for number in range(5)]
     async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
@@ -386,8 +495,8 @@ async def test_a_broker_that_is_out_of_order_for_a_while(
         broker.drop()
         await trio.sleep(2 * 3600)
         broker.options.acl = None
-        await trio.sleep(3600)
-        await driver.wait_live()
+        await trio.sleep(3 * 3600)
+        assert driver.state is State.LIVE
         assert (driver.status().degraded, on_broker(broker, driver)) == ((), names)
 
 
@@ -445,7 +554,7 @@ async def test_once_it_is_answered_it_is_not_to_blame(
     async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
         await driver.subscribe("in/a", ignore)
         await driver.subscribe("in/#", ignore)
-        with pytest.raises(SubscribeError, match="the broker ended 3 connections over it"):
+        with pytest.raises(SubscribeError, match="3 connections ended over it"):
             await driver.subscribe(FORBIDDEN + "a", ignore)
 
 
@@ -463,7 +572,12 @@ async def test_when_the_guilty_one_is_found_the_others_are_together_again(
         assert "over a SUBSCRIBE of 3 filters, it seems: each has a packet of its own now" in said(driver)[0]
         broker.forget()
         await lose_link(broker, driver)
-        assert sum(isinstance(packet, Subscribe) for _, packet in broker.received) == 1
+        assert sum(isinstance(packet, Subscribe) for _, packet in broker.received) == 3
+        await trio.sleep(3600)
+        for expected in (3, 1):
+            broker.forget()
+            await lose_link(broker, driver)
+            assert sum(isinstance(packet, Subscribe) for _, packet in broker.received) == expected
 
 
 async def test_it_is_not_the_number_of_what_stands_behind(autojump_clock: MockClock, broker: MemoryBroker) -> None:
@@ -547,7 +661,7 @@ async def test_a_forbidden_test_publish_is_named(
     broker.options.acl = lambda _access: False
     async with MQTTDriver(memory_config(broker, protocol=protocol), start="background") as driver:
         await driver.wait_state(State.BACKING_OFF)
-        assert "closed the connection after the test publish to 'trio_mqtt_driver/probe/driver_" in str(
+        assert "closed the connection before the test publish to 'trio_mqtt_driver/probe/driver_" in str(
             driver.status().last_error
         )
         assert "if it always does, allow it in the broker's access list" in str(driver.status().last_error)

@@ -132,7 +132,7 @@ class Connection:
         self.asks_copies = False
         """Whether it is being found out what the broker does with overlapping filters."""
         self.hint = ""
-        """What there is to say of a broker that closes now."""
+        """What there is to say if the connection is lost now, while it is tested."""
         self._closing = False
         self._eof = trio.Event()
 
@@ -180,7 +180,7 @@ class Connection:
         error = self.cause or ConnectionLostError("the connection was closed")
         for ping in self.deadlines.pings:
             ping.reply.fail(error)
-        self.requests.end(error)
+        self.requests.end(error, self._writer.flushed)
         self.session.on_processed = None
         self.receiver.end()
         self.session.outgoing.drop_own()
@@ -259,9 +259,10 @@ class Connection:
 
     @property
     def accused(self) -> list[str]:
-        """The Topic Filters over one of which the broker has ended the connection, if it did so over a SUBSCRIBE; for
-        one of the driver's own questions ``COPIES``."""
-        return [COPIES] if self.asks_copies else self.requests.accused(self._writer.flushed)
+        """The same of ``requests``, but ``COPIES`` for what the driver itself has asked."""
+        if self.hint:  # the test of the link may subscribe, too
+            return []
+        return [COPIES] if self.asks_copies else self.requests.accused
 
     async def within(self, seconds: float, wait: Callable[[], Awaitable[T]], late: Callable[[], object]) -> T:
         """Wait for an answer. If it takes longer, not counting pauses of reading, ``late`` must end the wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Awaitable, Callable
 
@@ -38,15 +39,15 @@ class Dialer:
         outbox: Outbox,
         counters: Counters,
         on_downgrade: Callable[[str], object],
-        on_suspect: Callable[[str], object],
+        on_suspect: Callable[..., object],
         on_remark: Callable[[str], object],
         rng: random.Random,
     ) -> None:
         self._attempts = attempts
         self._versions = versions
         self._batch_sizes = BatchSizes()
-        self._suspects = EndpointSuspects()
-        self._questions = EndpointSuspects()
+        self._suspects = EndpointSuspects(on_suspect)
+        self._questions = EndpointSuspects(on_suspect)
         self._inbox = inbox
         self._outbox = outbox
         self._counters = counters
@@ -122,8 +123,9 @@ class Dialer:
             on_remark=self._on_remark,
         )
         connection.batch = batch
-        connection.suspects = self._suspects.of(config.endpoint)
-        connection.questions = self._questions.of(config.endpoint)
+        if config.quarantine_after:
+            connection.suspects = self._suspects.of(config.endpoint)
+            connection.questions = self._questions.of(config.endpoint)
         try:
             await connection.run(lambda made: life(made, deadline))
         finally:
@@ -155,9 +157,9 @@ class Dialer:
         elif len(accused) == 1:
             said = connection.suspects.blame(accused[0], now, limit=config.quarantine_after, others=answered > 0)
         elif 1 < len(accused) <= answered:  # else their number may be the reason
-            said = connection.suspects.blame_one_of(accused)
+            said = connection.suspects.blame_one_of(accused, now)
         if said:
-            self._on_suspect(f"{config.endpoint} ended a connection {said}")
+            self._on_suspect(f"a connection to {config.endpoint} ended {said}", logging.WARNING)
             unanswered = 0
         fewer = self._batch_sizes.ended(config, now, unanswered, answered, by_broker=by_broker)
         if fewer is not None:

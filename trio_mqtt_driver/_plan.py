@@ -33,6 +33,9 @@ class Plan(Generic[M]):
     def add(self, batch: Batch[M]) -> None:
         """One that was granted; it may become part of another one."""
         self.count += len(batch.registrations)
+        if batch.registrations[0].topic_filter in self.terms.apart:
+            self._batches.append(batch)
+            return
         kind = (batch.identifier, batch.user_properties)
         last = self._last.get(kind)
         if last is None or not self._join(last, batch):

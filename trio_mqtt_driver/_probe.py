@@ -37,7 +37,7 @@ async def probe(connection: Connection) -> str:
     except ValueError as exc:
         raise ProbeError(f"the client ID {connection.client_id[:60]!r} makes no probe topic: {exc}") from exc
     test = _echo if config.probe == "echo" else _publish
-    connection.hint = f" after the test publish to {topic!r}; if it always does, {_ADVICE}"
+    connection.hint = f" before the test publish to {topic!r} was through; if it always does, {_ADVICE}"
     # No fixed deadline: a session that goes on may have a backlog first, and reading may pause over it.
     await _in_time(connection, partial(test, connection, topic), f"the test publish to {topic!r} was not acknowledged")
     connection.hint = ""
@@ -108,9 +108,9 @@ async def sends_copies(connection: Connection) -> bool:
     async def within(reply: Reply[T]) -> T:
         return await connection.within(timeout, reply.wait, lambda: reply.fail(trio.TooSlowError()))
 
+    # A packet for each: there are brokers that take only one filter in it.
+    subscribing = [connection.subscribe([pack_filter(one, 0)], None) for one in filters]
     try:
-        # A packet for each: there are brokers that take only one filter in it.
-        subscribing = [connection.subscribe([pack_filter(one, 0)], None) for one in filters]
         codes = [await within(reply) for reply in subscribing]
         if not any(code.is_failure for (code,) in codes):
             for payload in (b"1", b"2"):
@@ -119,7 +119,10 @@ async def sends_copies(connection: Connection) -> bool:
             await within(both)
         for reply in [connection.unsubscribe([one]) for one in filters]:
             await within(reply)
-    except trio.TooSlowError:
+    except trio.TooSlowError as exc:
+        for reply in subscribing:  # nobody waits for them any more, nor is a later end of the connection their doing
+            if not reply.settled:
+                reply.fail(exc)
         for one in filters:
             connection.unsubscribe([one])
     finally:

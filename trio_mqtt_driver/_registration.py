@@ -67,6 +67,8 @@ class Registration(Generic[M]):
     """Whether it is sent on each connection, even if the session goes on: somebody needs the retained messages."""
     told: int = 0
     """The session that a SUBSCRIBE for it, other than by a plan, went to last, as the registry counts them."""
+    untold: int = 0
+    """The session in which it was refused in the broker's place, if the broker does not have it there."""
     answered: int = 0
     """The highest revision that a SUBACK was for."""
     generation: int = 0

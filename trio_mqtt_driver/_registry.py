@@ -15,7 +15,7 @@ of one SUBSCRIBE packet per filter, since the identifier belongs to the packet.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 import attrs
@@ -37,6 +37,8 @@ from ._topics import FilterTrie
 from ._types import ReasonCode, UserProperties
 
 M = TypeVar("M")
+
+NOTHING: Mapping[str, str] = {}
 
 
 class Registry(Generic[M]):
@@ -70,6 +72,9 @@ class Registry(Generic[M]):
 
     def __iter__(self) -> Iterator[Registration[M]]:
         return iter(self._wanted.values())
+
+    def __contains__(self, topic_filter: object) -> bool:
+        return topic_filter in self._wanted
 
     def match(self, topic: str) -> list[Registration[M]]:
         """The registrations whose filter matches a Topic Name."""
@@ -166,12 +171,18 @@ class Registry(Generic[M]):
         filters = self._class_of.pop(registration, None)
         if filters is not None:
             filters.remove(registration.plain_filter, registration)
-        # Each that had been answered was in the plan that this session was told, if it was (``_replayed``).
-        if registration.told != self._session and not (registration.answered and self._replayed == self._session):
+        if not self._told(registration):
             return None
         leaving = self._leaving.setdefault(topic_filter, Leaving(topic_filter))
         self._work.set()
         return leaving
+
+    def _told(self, registration: Registration[M]) -> bool:
+        """Whether the broker may have it in this session."""
+        if registration.untold == self._session:
+            return False
+        # Each that had been answered was in the plan that this session was told, if it was (``_replayed``).
+        return registration.told == self._session or (bool(registration.answered) and self._replayed == self._session)
 
     def _classify(self, registration: Registration[M]) -> int:
         """Put it in the first class that it overlaps nothing of; returns the number of the class, from 1."""
@@ -266,11 +277,16 @@ class Registry(Generic[M]):
         leaving.reason_code = code
         leaving.done.set()
 
-    def take_due(self, terms: Terms) -> list[Batch[M]]:
-        """What is due, as SUBSCRIBE packets on these terms."""
+    def take_due(self, terms: Terms, left_out: Mapping[str, str] = NOTHING, generation: int = 0) -> list[Batch[M]]:
+        """What is due, as SUBSCRIBE packets on these terms.
+
+        Those that are ``left_out``, which the terms keep apart, are refused in the broker's place, with these words.
+        """
         if terms != self._plan.terms:
             self._forget_plan()
             self._plan.terms = terms
+        for topic_filter, words in left_out.items():
+            self._leave_out(topic_filter, words, generation)
         batches: list[Batch[M]] = []
         if self._replaying:
             self._replaying = False
@@ -289,9 +305,20 @@ class Registry(Generic[M]):
                 filters = [registration.packed for registration in some]
                 batches.append(Batch(some, revisions, filters, identifier, user_properties))
         for one in last:
-            batches.append(Batch([one], [one.revision], [one.packed], one.identifier, one.user_properties))
+            batches.append(_alone(one))
         self._in_flight.update(batches)
         return batches
+
+    def _leave_out(self, topic_filter: str, words: str, generation: int) -> None:
+        registration = self._due.pop(topic_filter, None)
+        if registration is None:
+            return
+        # Granted earlier in a session that goes on, it may still be there.
+        granted = registration.reason_code is not None and not registration.reason_code.is_failure
+        if not self._told(registration) or not (granted or registration.words):
+            registration.untold = self._session
+        self.answer(_alone(registration), (ReasonCode.UNSPECIFIED_ERROR,), generation)
+        registration.words = words
 
     def _take_due(self) -> list[Registration[M]]:
         due = list(self._due.values())
@@ -305,6 +332,7 @@ class Registry(Generic[M]):
         session = self._session
         for registration in due:
             registration.told = session
+            registration.untold = 0
         return due
 
     def answer(self, batch: Batch[M], codes: tuple[ReasonCode, ...], generation: int) -> None:
@@ -322,6 +350,8 @@ class Registry(Generic[M]):
         granted, refused = Standing.GRANTED, Standing.REFUSED
         for registration, revision, code in zip(batch.registrations, batch.revisions, codes, strict=True):
             registration.reason_code = code
+            if registration.words:
+                registration.words = ""
             if registration.answered < revision:
                 registration.answered = revision
                 registration.generation = generation
@@ -329,7 +359,6 @@ class Registry(Generic[M]):
                 as_wanted = False
             elif code >= 0x80:
                 registration.standing = refused
-                registration.words = ""
                 as_wanted = False
             else:
                 registration.standing = granted
@@ -337,24 +366,19 @@ class Registry(Generic[M]):
                 registration.wake()
         return as_wanted
 
-    def refuse(self, batch: Batch[M], codes: list[ReasonCode | None], generation: int, words: str = "") -> Batch[M]:
+    def refuse(self, batch: Batch[M], codes: list[ReasonCode | None], generation: int) -> Batch[M]:
         """The broker has ruled filters of a batch out beforehand, those with a code: returns the others."""
         self._in_flight.discard(batch)
         refused = batch.part([code is not None for code in codes])
         self.answer(refused, tuple([code for code in codes if code is not None]), generation)
-        for registration in refused.registrations:
-            registration.words = words
         others = batch.part([code is None for code in codes])
         if others.registrations:
             self._in_flight.add(others)
         return others
 
-    def ask_again(self, topic_filter: str) -> bool:
-        """The broker must be told of this one once more; False if nobody wants it."""
-        registration = self._wanted.get(topic_filter)
-        if registration is not None:
-            self._make_due(registration)
-        return registration is not None
+    def ask_again(self, topic_filter: str) -> None:
+        """The broker must be told of this one once more."""
+        self._make_due(self._wanted[topic_filter])
 
     # -- for whoever subscribes -------------------------------------------------------------------------------------
 
@@ -394,6 +418,10 @@ class Registry(Generic[M]):
             registration.wake()
         for leaving in self._leaving.values():
             leaving.done.set()
+
+
+def _alone(one: Registration[M]) -> Batch[M]:
+    return Batch([one], [one.revision], [one.packed], one.identifier, one.user_properties)
 
 
 def _grouped(due: list[Registration[M]]) -> dict[tuple[int | None, UserProperties], list[Registration[M]]]:

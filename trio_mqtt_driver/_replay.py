@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import compress
 from operator import not_
 from typing import Any
@@ -19,8 +18,6 @@ from ._replies import Reply
 from ._suspects import COPIES
 from ._types import ReasonCode
 
-logger = logging.getLogger("trio_mqtt_driver")
-
 _WAVE = 10_000
 """Packets that wait for their answers at a time: each takes a packet identifier, of which there are 65,535."""
 
@@ -36,7 +33,8 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
     while True:
         # UNSUBSCRIBE first, and answered: a filter that left and came back must end up subscribed.
         await _unsubscribe(connection, registry)
-        apart = connection.suspects.filters
+        suspects = connection.suspects
+        apart = suspects.filters
         terms = Terms(
             connection.batch,
             limits.maximum_packet_size,
@@ -44,45 +42,36 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
             wildcards=limits.wildcard_available,
             apart=apart,
         )
-        batches = registry.take_due(terms)
+        left_out = suspects.left_out(trio.current_time(), registry)
+        batches = registry.take_due(terms, left_out, connection.generation)
         if not batches:
             if registry.leaving:
                 continue
             return
         session = connection.session
         if session.copies is None and registry.overlapping and not connection.marks_copies:
-            session.copies = await _ask_for_copies(connection)
+            await _ask_for_copies(connection)
         alone: list[Batch[Any]] = []
         if apart:
-            which = [connection.suspects.alone(batch.registrations[0].topic_filter) for batch in batches]
+            which = [suspects.alone(batch.registrations[0].topic_filter) for batch in batches]
             alone = list(compress(batches, which))
             batches = list(compress(batches, map(not_, which)))
         for start in range(0, len(batches), _WAVE):
             await _subscribe(connection, registry, batches[start : start + _WAVE])
         for batch in alone:
-            await _subscribe_suspect(connection, registry, batch)
+            await _subscribe(connection, registry, [batch])
+            # Also if it was not sent, because of what CONNACK says.
+            suspects.answered(batch.registrations[0].topic_filter, trio.current_time())
 
 
-async def _ask_for_copies(connection: Connection) -> bool:
-    if connection.questions.refused(COPIES, trio.current_time()):
-        return False  # as of a broker that lets us not subscribe there
+async def _ask_for_copies(connection: Connection) -> None:
+    now = trio.current_time()
+    if COPIES in connection.questions.left_out(now, {COPIES}):
+        return  # for now it is taken to send one, as a broker that lets us not subscribe there
     connection.asks_copies = True
-    copies = await sends_copies(connection)
+    connection.session.copies = await sends_copies(connection)
     connection.asks_copies = False
-    connection.questions.answered(COPIES)
-    return copies
-
-
-async def _subscribe_suspect(connection: Connection, registry: Registry[Any], batch: Batch[Any]) -> None:
-    """Of a filter over which the broker has ended connections, with nothing beside it."""
-    topic_filter = batch.registrations[0].topic_filter
-    why = connection.suspects.refused(topic_filter, trio.current_time())
-    if why:
-        registry.refuse(batch, [ReasonCode.UNSPECIFIED_ERROR], connection.generation, why)
-        return
-    await _subscribe(connection, registry, [batch])
-    connection.suspects.answered(topic_filter)  # also if it was not sent, because of what CONNACK says
-    logger.info("%s: the broker has answered the SUBSCRIBE of %r", connection.config.client_id, topic_filter)
+    connection.questions.answered(COPIES, now)
 
 
 async def _unsubscribe(connection: Connection, registry: Registry[Any]) -> None:
@@ -129,7 +118,7 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
         registry.answer(sent, await _answer(connection, reply, "SUBSCRIBE"), connection.generation)
         if connection.suspects:
             for registration in sent.registrations:
-                connection.suspects.answered(registration.topic_filter)
+                connection.suspects.answered(registration.topic_filter, trio.current_time())
 
 
 def _without_refused(connection: Connection, registry: Registry[Any], batch: Batch[Any]) -> Batch[Any]:

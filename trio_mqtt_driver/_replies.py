@@ -26,6 +26,10 @@ class Reply(Generic[T]):
         self._error = error
         self._event.set()
 
+    @property
+    def settled(self) -> bool:
+        return self._event.is_set()
+
     async def wait(self) -> T:
         await self._event.wait()
         if self._error is not None:

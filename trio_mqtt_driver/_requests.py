@@ -36,6 +36,9 @@ class Requests:
         self._waiting: dict[int, Request] = {}
         self.answered = 0
         """How many filters the largest had that was answered."""
+        self.accused: list[str] = []
+        """The Topic Filters over one of which the connection has ended, if it has over a SUBSCRIBE: that was the next
+        to be answered."""
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -44,15 +47,6 @@ class Requests:
     def unanswered(self) -> int:
         """How many filters the largest has that was not."""
         return max((request.number for request in self._waiting.values()), default=0)
-
-    def accused(self, flushed: int) -> list[str]:
-        """The Topic Filters over one of which a broker ends the connection, if it does so over a SUBSCRIBE: it was the
-        next to be answered. ``flushed`` is how many bytes have left."""
-        request = next(iter(self._waiting.values()), None)
-        if request is None or request.wire_end > flushed:
-            return []
-        filters = request.filters[: request.number]
-        return [unpack_filter(packed) for packed in filters if isinstance(packed, bytes)]  # none of UNSUBSCRIBE
 
     def add(self, packet_id: int, filters: Sequence[bytes] | Sequence[str], wire_end: int) -> Reply[Codes]:
         """One is sent, and will have left when ``wire_end`` bytes of the connection have."""
@@ -76,8 +70,13 @@ class Requests:
         self.answered = max(self.answered, request.number)
         request.reply.set(codes)
 
-    def end(self, error: Exception) -> None:
-        """The connection is over. What was unanswered stays known as such."""
+    def end(self, error: Exception, flushed: int) -> None:
+        """The connection is over, and ``flushed`` is how many bytes have left. What was unanswered stays known."""
+        # One whose answer nobody waits for any more is among them, too.
+        oldest = next((request for request in self._waiting.values() if not request.reply.settled), None)
+        if oldest is not None and oldest.wire_end <= flushed:
+            filters = oldest.filters[: oldest.number]
+            self.accused = [unpack_filter(packed) for packed in filters if isinstance(packed, bytes)]  # of a SUBSCRIBE
         for packet_id, request in self._waiting.items():
             request.reply.fail(error)
             self._release(packet_id)

@@ -94,7 +94,7 @@ class Supervisor:
             outbox=outbox,
             counters=history.counters,
             on_downgrade=partial(self.note, "downgrade"),
-            on_suspect=partial(self.note, "suspect", level=logging.WARNING),
+            on_suspect=partial(self.note, "suspect"),
             on_remark=partial(self._record, "clock"),
             rng=rng,
         )
@@ -300,12 +300,11 @@ class Supervisor:
                 stable_at = math.inf
                 self._backoff.stable()
                 self._failover.stable()
-            with trio.move_on_at(min(stable_at, connection.suspects.next_try)):
+            with trio.move_on_at(min(stable_at, connection.suspects.next_try(self._registry))):
                 await self._registry.wait_work()
-            while (refused := connection.suspects.to_try(trio.current_time())) and not self._registry.ask_again(
-                refused
-            ):
-                connection.suspects.answered(refused)  # nobody wants it any more
+            refused = connection.suspects.to_try(trio.current_time(), self._registry)
+            if refused is not None:
+                self._registry.ask_again(refused)
             try:
                 await synchronise(connection, self._registry)
             except MQTTDriverError as exc:

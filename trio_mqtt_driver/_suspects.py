@@ -8,13 +8,16 @@ last, when all others are answered, and alone. When that has ended connections, 
 
 It may have been the network, or a fault of the broker that will pass. Hence the number of connections that it takes;
 and after a while a filter that is taken for refused is *tried* again, on a live link as well, for that may last for
-months. In vain that costs the link. So there is one try at a time, whatever the number of such filters, and the next
-one is after twice as long. When one of them is answered, the next one is tried at once.
+months; if nobody wants it any more, when somebody does again. In vain that costs the link. So there is one try at a
+time, no other one soon after it, and the next one of this filter after twice as long.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container
+
+import attrs
 
 from ._config import Endpoint
 
@@ -25,96 +28,126 @@ _ENOUGH = 3
 """Connections, if the broker has answered other requests on the last one."""
 _FIRST_HOLD, _LONGEST_HOLD = 600.0, 86400.0
 """Seconds until the next try."""
+_FORGOTTEN_AFTER = 3600.0
+"""Seconds after which what speaks against a filter that is not taken for refused counts no more."""
 _MOST = 10_000
 """Filters to know of, and endpoints: an options_factory or a broker may name ever new ones."""
 
 
-class Suspects:
-    """Those of one endpoint; ``now`` is Trio's time."""
+@attrs.define
+class _Suspect:
+    ends: int = 0
+    """How many connections have ended over it; 0 if it was one of several."""
+    blamed_at: float = -math.inf
+    hold: float = 0.0
+    """Seconds from the last time to the next try; 0 if it is not taken for refused."""
 
-    def __init__(self) -> None:
-        self._ends: dict[str, int] = {}
-        """How many connections have ended over each; 0 if it was one of several."""
-        self._refused: dict[str, None] = {}
-        """Those that are taken for refused; the one whose try was the longest ago is the first."""
-        self._hold = 0.0
-        self._next_try = math.inf
+    @property
+    def try_at(self) -> float:
+        return self.blamed_at + self.hold
+
+
+def _nobody(_text: str) -> None:
+    pass
+
+
+class Suspects:
+    """Those of one endpoint; ``now`` is Trio's time, and ``wanted`` are the filters that somebody wants."""
+
+    def __init__(self, tell: Callable[[str], object] = _nobody) -> None:
+        self._tell = tell
+        self._suspects: dict[str, _Suspect] = {}
+        self._no_try_before = -math.inf
 
     def __bool__(self) -> bool:
-        return bool(self._ends)
+        return bool(self._suspects)
 
     @property
     def filters(self) -> frozenset[str]:
         """Those that have a packet of their own, behind the others, or are not sent."""
-        return frozenset(self._ends)
+        return frozenset(self._suspects)
 
     def alone(self, topic_filter: str) -> bool:
         """Whether it is sent when everything else is answered, if it is."""
-        return self._ends.get(topic_filter, 0) > 0
+        suspect = self._suspects.get(topic_filter)
+        return suspect is not None and suspect.ends > 0
 
-    @property
-    def next_try(self) -> float:
-        return self._next_try
+    def next_try(self, wanted: Container[str]) -> float:
+        """When one that is taken for refused is to be sent nevertheless."""
+        tries = [one.try_at for name, one in self._suspects.items() if one.hold and name in wanted]
+        return max(min(tries), self._no_try_before) if tries else math.inf
 
-    def to_try(self, now: float) -> str | None:
-        """The one that is taken for refused, and is to be sent nevertheless."""
-        return next(iter(self._refused), None) if now >= self._next_try else None
+    def to_try(self, now: float, wanted: Container[str]) -> str | None:
+        """Which one, if it is time for that: of several the one that is due longest."""
+        if now < self._no_try_before:
+            return None
+        due = [(one.try_at, name) for name, one in self._suspects.items() if one.hold and name in wanted]
+        first, name = min(due, default=(math.inf, None))
+        return name if first <= now else None
 
-    def refused(self, topic_filter: str, now: float) -> str:
-        """Why this one is not to be sent now; "" if it is."""
-        if topic_filter not in self._refused or topic_filter == self.to_try(now):
-            return ""
-        return f"the broker ended {self._ends[topic_filter]} connections over it"
+    def left_out(self, now: float, wanted: Container[str]) -> dict[str, str]:
+        """Those that are not to be sent now, with what there is to say of it."""
+        to_try = self.to_try(now, wanted)
+        return {
+            name: f"{one.ends} connections ended over it"
+            for name, one in self._suspects.items()
+            if one.hold and name != to_try
+        }
 
     def blame(self, topic_filter: str, now: float, *, limit: int, others: bool) -> str:
-        """The broker has ended a connection when this one was the next to be answered: says what comes of it.
+        """A connection has ended when this one was the next to be answered: says what comes of it.
 
         ``limit`` is how many that may be if the broker had not answered ``others`` on the last of them.
         """
-        self._suspect(topic_filter)
-        self._ends[topic_filter] += 1
-        ends = self._ends[topic_filter]
+        suspect = self._suspect(topic_filter, now)
+        suspect.ends += 1
         what = topic_filter if topic_filter == COPIES else f"the SUBSCRIBE of {topic_filter!r}"
         enough = min(limit, _ENOUGH) if others else limit
-        if topic_filter in self._refused:
-            del self._refused[topic_filter]  # it is the last one now
-            self._hold = min(2 * self._hold, _LONGEST_HOLD)
-            self._next_try = now + self._hold
-        elif ends < enough:
-            return f"over {what}, it seems ({ends} of {enough})"
-        elif not self._refused:
-            self._hold = _FIRST_HOLD
-            self._next_try = now + self._hold
-        self._refused[topic_filter] = None
+        if suspect.hold:
+            suspect.hold = min(2 * suspect.hold, _LONGEST_HOLD)
+            self._no_try_before = now + _FIRST_HOLD
+        elif suspect.ends < enough:
+            return f"over {what}, it seems ({suspect.ends} of {enough})"
+        else:
+            suspect.hold = _FIRST_HOLD
         return (
-            f"over {what}, it seems ({ends} by now): that is taken for refused, "
-            f"the next try is in {max(0.0, self._next_try - now) / 60:.0f} min"
+            f"over {what}, it seems ({suspect.ends} by now): that is taken for refused, "
+            f"the next try is in {suspect.hold / 60:.0f} min"
         )
 
-    def blame_one_of(self, topic_filters: list[str]) -> str:
+    def blame_one_of(self, topic_filters: list[str], now: float) -> str:
         """The same for several, which were in one packet."""
         for topic_filter in topic_filters:
-            self._suspect(topic_filter)
+            self._suspect(topic_filter, now)
         return f"over a SUBSCRIBE of {len(topic_filters)} filters, it seems: each has a packet of its own now"
 
-    def _suspect(self, topic_filter: str) -> None:
-        if topic_filter not in self._ends:
-            if len(self._ends) >= _MOST:
-                self.answered(next(iter(self._ends)))
-            self._ends[topic_filter] = 0
+    def _suspect(self, topic_filter: str, now: float) -> _Suspect:
+        suspect = self._suspects.get(topic_filter)
+        if suspect is None or (not suspect.hold and now - suspect.blamed_at > _FORGOTTEN_AFTER):
+            if suspect is None and len(self._suspects) >= _MOST:
+                del self._suspects[next(iter(self._suspects))]
+            suspect = self._suspects[topic_filter] = _Suspect()
+        suspect.blamed_at = now
+        return suspect
 
-    def answered(self, topic_filter: str) -> None:
-        """The broker has answered, whatever it said; or nobody wants it any more."""
-        self._ends.pop(topic_filter, None)
-        self._refused.pop(topic_filter, None)
-        if not self._refused:
-            self._next_try = math.inf
+    def answered(self, topic_filter: str, now: float) -> None:
+        """The broker has answered, whatever it said.
+
+        One of several goes on having a packet of its own for a while: it may be all of them together that is too much.
+        """
+        suspect = self._suspects.get(topic_filter)
+        if suspect is None or (not suspect.ends and now - suspect.blamed_at <= _FORGOTTEN_AFTER):
+            return
+        del self._suspects[topic_filter]
+        if suspect.hold:
+            self._tell(f"{topic_filter!r} is not taken for refused any more")
 
 
 class EndpointSuspects:
-    """Those of all endpoints."""
+    """Those of all endpoints; ``tell`` is told what has changed for the better."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], object] = _nobody) -> None:
+        self._tell = tell
         self._of: dict[Endpoint, Suspects] = {}
 
     def of(self, endpoint: Endpoint) -> Suspects:
@@ -122,7 +155,7 @@ class EndpointSuspects:
         if suspects is None:
             if len(self._of) >= _MOST:
                 self._of.clear()
-            suspects = self._of[endpoint] = Suspects()
+            suspects = self._of[endpoint] = Suspects(lambda text: self._tell(f"{endpoint}: {text}"))
         return suspects
 
     def forget(self) -> None:

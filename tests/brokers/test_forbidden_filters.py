@@ -28,13 +28,15 @@ async def test_a_filter_over_which_the_broker_closes(
     with trio.fail_after(60):
         async with (
             require(make()) as broker,
-            MQTTDriver(Ground(broker, protocol).config()) as driver,
+            MQTTDriver(Ground(broker, protocol).config(subscribe_timeout=1)) as driver,
             driver.subscription("in", qos=1) as messages,
         ):
-            with pytest.raises(SubscribeError, match="the broker ended 3 connections over it"):
-                await driver.subscribe(forbidden, print)
+            for _ in range(3):
+                with pytest.raises(SubscribeError, match="3 connections ended over it"):
+                    await driver.subscribe(forbidden, print)
+                await driver.wait_live()
+            await trio.sleep(1.5)  # iotcore leaves an UNSUBSCRIBE of what it does not have unanswered
             counters = driver.status().counters
             assert (driver.state, counters["losses"], counters["failures"]) == (State.LIVE, 1, 2)
             await driver.publish("in", b"still there", qos=1)
             assert (await messages.receive()).payload == b"still there"
-            assert driver.status().counters["losses"] == 1
