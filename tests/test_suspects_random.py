@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import trio
-import trio.testing
 from trio.testing import MockClock
 
 from tests.peers import memory_config
