@@ -12,7 +12,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.peers import memory_config
-from trio_mqtt_driver import DriverConfig, Endpoint, Message, MQTTDriver, ReasonCode, State, SubscribeError
+from trio_mqtt_driver import Attempt, DriverConfig, Endpoint, Message, MQTTDriver, ReasonCode, State, SubscribeError
 from trio_mqtt_driver._suspects import COPIES, EndpointSuspects, Suspects
 from trio_mqtt_driver.testing import Access, Direction, Kind, MemoryBroker, Subscribe, Unsubscribe
 
@@ -307,6 +307,22 @@ async def test_what_is_forbidden_later_is_degraded_and_comes_back(
     assert not broker.violations
 
 
+async def test_what_has_come_back_is_unsubscribed(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    broker.options.acl = None
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in", ignore)
+        subscription = await driver.subscribe(FORBIDDEN + "a", ignore)
+        broker.options.acl = allowed
+        await lose_link(broker, driver)
+        broker.options.acl = None
+        await trio.sleep(11 * MINUTE)
+        assert on_broker(broker, driver) == [FORBIDDEN + "a", "in"]
+        await driver.unsubscribe(subscription)
+        assert on_broker(broker, driver) == ["in"]
+
+
 async def test_a_replay_tries_as_well(autojump_clock: MockClock, broker: MemoryBroker, protocol: Any) -> None:
     broker.options.acl = None
     async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
@@ -545,6 +561,58 @@ async def test_the_question_about_copies_is_not_asked_for_ever(
         driver.apply_settings(driver.config)
         await driver.wait_live()
         assert broken(driver) == (5, 9)
+
+
+@pytest.mark.parametrize("stable", [False, True])
+async def test_what_was_not_asked_about_copies_is_asked_on_a_later_connection(
+    autojump_clock: MockClock, nursery: trio.Nursery, stable: bool
+) -> None:
+    broker = MemoryBroker(nursery, overlapping="copies")
+    seen: list[bytes] = []
+    async with MQTTDriver(memory_config(broker, protocol="3.1.1", stable_id=stable)) as driver:
+        await driver.subscribe("in/a", lambda message: seen.append(message.payload))
+        broker.faults.cut(Kind.SUBSCRIBE, times=3, direction=Direction.IN, before=True)
+        await driver.subscribe("in/#", ignore)
+        assert "is taken for refused" in said(driver)[-1]
+        await trio.sleep(11 * MINUTE)
+        await lose_link(broker, driver)
+        await driver.publish("in/a", b"once", qos=1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert seen == [b"once"]
+
+
+async def test_a_question_that_nobody_answers_accuses_nobody_later(
+    autojump_clock: MockClock, broker: MemoryBroker
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol="3.1.1")) as driver:
+        await driver.subscribe("in/a", ignore)
+        broker.faults.drop(Kind.SUBACK, times=2)
+        await driver.subscribe("in/#", ignore)
+        assert (said(driver), broken(driver)) == ([], (0, 0))
+        await refuse(driver, FORBIDDEN + "a")
+        assert broken(driver) == (1, 2)
+        assert all("over the SUBSCRIBE of 'forbidden/a'" in text for text in said(driver))
+
+
+async def test_options_that_switch_it_off_hold_for_what_was_learnt(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    after = 3
+
+    async def options(attempt: Attempt) -> DriverConfig:
+        await trio.lowlevel.checkpoint()
+        return attempt.config.evolve(quarantine_after=after)
+
+    broker.options.acl = None
+    async with MQTTDriver(memory_config(broker, protocol=protocol, options_factory=options)) as driver:
+        await driver.subscribe("in", ignore)
+        await driver.subscribe(FORBIDDEN + "a", ignore)
+        broker.options.acl = allowed
+        await lose_link(broker, driver)
+        assert len(driver.status().degraded) == 1
+        broker.options.acl, after = None, 0
+        await lose_link(broker, driver)
+        assert driver.status().degraded == ()
 
 
 @pytest.mark.parametrize("protocol", ["3.1.1"])

@@ -33,6 +33,9 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
     while True:
         # UNSUBSCRIBE first, and answered: a filter that left and came back must end up subscribed.
         await _unsubscribe(connection, registry)
+        # Also if nothing is due: a session that goes on may have been without an answer.
+        if connection.session.copies is None and registry.overlapping and not connection.marks_copies:
+            await _ask_for_copies(connection)
         suspects = connection.suspects
         apart = suspects.filters
         terms = Terms(
@@ -48,9 +51,6 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
             if registry.leaving:
                 continue
             return
-        session = connection.session
-        if session.copies is None and registry.overlapping and not connection.marks_copies:
-            await _ask_for_copies(connection)
         alone: list[Batch[Any]] = []
         if apart:
             which = [suspects.alone(batch.registrations[0].topic_filter) for batch in batches]
