@@ -287,3 +287,19 @@ def test_what_was_sent_without_what_the_broker_rules_out_is_sent_again() -> None
     wanted.refuse(batch, [None, ReasonCode.WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED], 1)
     wanted.resume(everything=False)
     assert sorted(chain.from_iterable(filters(wanted.take_due(TERMS)))) == ["a", "b/#"]
+
+
+@pytest.mark.parametrize("left_out", ["f/1", "nobody's"])
+def test_what_is_left_out_is_not_sent_by_a_plan(left_out: str) -> None:
+    """The same filters are suspected at two endpoints, and refused at one of them."""
+    terms = Terms(3, apart=frozenset({"f/1", "f/2"}))
+    wanted = registry(4)
+    for _ in range(2):
+        wanted.begin()
+        assert grant(wanted, terms) == [["f/0", "f/3"], ["f/1"], ["f/2"]]
+    wanted.begin()
+    sent = filters(wanted.take_due(terms, {left_out: "words"}, 2))
+    assert sent == [["f/0", "f/3"], *([] if left_out == "f/1" else [["f/1"]]), ["f/2"]]
+    assert registered(wanted, "f/1").refusal == (
+        "unspecified error (0x80): words" if left_out == "f/1" else "success (0x00)"
+    )

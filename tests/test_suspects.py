@@ -12,7 +12,17 @@ import trio.testing
 from trio.testing import MockClock
 
 from tests.peers import memory_config
-from trio_mqtt_driver import Attempt, DriverConfig, Endpoint, Message, MQTTDriver, ReasonCode, State, SubscribeError
+from trio_mqtt_driver import (
+    Attempt,
+    DriverConfig,
+    Endpoint,
+    Message,
+    MQTTDriver,
+    ReasonCode,
+    State,
+    SubscribeError,
+    UnsubscribeError,
+)
 from trio_mqtt_driver._suspects import COPIES, EndpointSuspects, Suspects
 from trio_mqtt_driver.testing import Access, Direction, Kind, MemoryBroker, Subscribe, Unsubscribe
 
@@ -442,6 +452,87 @@ async def test_what_is_there_is_unsubscribed(
         assert on_broker(broker, driver) == ["in"]
         assert any(isinstance(packet, Unsubscribe) for _, packet in broker.received) is stable
     assert not broker.violations
+
+
+@pytest.mark.parametrize("lost, tried", [(1, False), (2, False), (2, True)])
+async def test_what_only_an_earlier_session_had_is_not_unsubscribed(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any, lost: int, tried: bool
+) -> None:
+    config = memory_config(broker, protocol=protocol, stable_id=True, quarantine_after=3)
+    broker.options.acl = None
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("in", ignore)
+        subscription = await driver.subscribe(FORBIDDEN + "a", ignore)
+        broker.options.acl = allowed
+        for _ in range(lost):
+            broker.restart(keep_sessions=False)
+            await driver.wait_state(State.BACKING_OFF, State.PAUSED)
+            await driver.wait_live()
+        if tried:
+            await trio.sleep(11 * MINUTE)
+            assert broken(driver)[0] == lost + 1
+        await driver.unsubscribe(subscription)
+        assert not any(isinstance(packet, Unsubscribe) for _, packet in broker.received)
+
+
+async def test_a_wish_for_more_that_is_taken_back_is_not_what_is_tried(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any
+) -> None:
+    """Somebody asks for a filter with QoS 2, over which the broker ends connections, and loses patience."""
+    async with MQTTDriver(memory_config(broker, protocol=protocol)) as driver:
+        await driver.subscribe("in", ignore)
+        subscription = await driver.subscribe("a", ignore, qos=1)
+        rule = broker.faults.cut(Kind.SUBSCRIBE, times=1, direction=Direction.IN, before=True)
+        with trio.move_on_after(0.001):
+            await driver.subscribe("a", ignore, qos=2)
+        rule.remove()
+        await driver.wait_live()
+        assert subscription.degraded is None
+        assert broker.subscriptions(str(driver.client_id))["a"].qos == 1
+
+
+@pytest.mark.parametrize("after", [0, 3])
+async def test_an_unsubscribe_that_is_never_answered_is_given_up(
+    autojump_clock: MockClock, broker: MemoryBroker, protocol: Any, after: int
+) -> None:
+    config = memory_config(broker, protocol=protocol, stable_id=True, quarantine_after=after)
+    async with MQTTDriver(config) as driver:
+        await driver.subscribe("in", ignore)
+        subscription = await driver.subscribe("out", ignore)
+        broker.faults.drop(Kind.UNSUBACK, times=None)
+        with trio.move_on_after(3600) as patience:
+            with pytest.raises(UnsubscribeError, match=r"'out': unspecified error \(0x80\)"):
+                await driver.unsubscribe(subscription)
+            await driver.wait_live()
+            assert sum(isinstance(packet, Unsubscribe) for _, packet in broker.received) == 3
+        assert patience.cancelled_caught is (after == 0)
+
+
+async def test_a_question_is_not_asked_again_on_a_live_link(autojump_clock: MockClock, broker: MemoryBroker) -> None:
+    broker.options.acl = lambda access: not access.topic.endswith(("/copies", "/+"))
+    async with MQTTDriver(memory_config(broker, protocol="3.1.1")) as driver:
+        await driver.subscribe("in/a", ignore)
+        await driver.subscribe("in/#", ignore)
+        await driver.wait_live()
+        assert broken(driver) == (1, 2)
+        for number in range(5):
+            await trio.sleep(3600)
+            await driver.subscribe(f"other/{number}", ignore)
+        assert broken(driver) == (1, 2)
+
+
+async def test_an_unsubscribe_that_nobody_waits_for_does_not_stand_in_the_way(
+    autojump_clock: MockClock, broker: MemoryBroker
+) -> None:
+    async with MQTTDriver(memory_config(broker, protocol="3.1.1")) as driver:
+        await driver.subscribe("in/a", ignore)
+        for name in ("copies", "+"):
+            broker.faults.refuse_subscribe(f"trio_mqtt_driver/probe/{driver.client_id}/{name}", 0x80)
+        broker.faults.drop(Kind.UNSUBACK, times=4)
+        await driver.subscribe("in/#", ignore)
+        assert (said(driver), broken(driver)) == ([], (0, 0))
+        await refuse(driver, FORBIDDEN + "a")
+        assert broken(driver) == (1, 2)
 
 
 async def test_filters_that_are_too_much_together_cost_an_attempt_an_hour(

@@ -402,7 +402,8 @@ class DriverConfig:
     quarantine_after: int = attrs.field(default=10, validator=between(0, 1000))
     """A message that was next to be acknowledged on so many connections in a row when the broker ended them is given
     up with ``QuarantinedError``: else one that a broker cannot stand would keep the driver from ever delivering
-    another. 0 switches that off, and what is done about a Topic Filter over which a broker ends connections."""
+    another. 0 switches that off, and what is done about a Topic Filter over which a broker ends connections; see
+    ``docs/delivery.md``."""
     write_buffer: int = attrs.field(default=1024 * 1024, validator=between(1024, 2**32))
     """Bytes waiting for the socket above which ``publish()`` waits."""
     read_delay: float = attrs.field(default=0.001, validator=number(0, maximum=0.02))

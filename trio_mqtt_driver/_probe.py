@@ -109,22 +109,22 @@ async def sends_copies(connection: Connection) -> bool:
         return await connection.within(timeout, reply.wait, lambda: reply.fail(trio.TooSlowError()))
 
     # A packet for each: there are brokers that take only one filter in it.
-    subscribing = [connection.subscribe([pack_filter(one, 0)], None) for one in filters]
+    asked = [connection.subscribe([pack_filter(one, 0)], None) for one in filters]
     try:
-        codes = [await within(reply) for reply in subscribing]
+        codes = [await within(reply) for reply in asked]
         if not any(code.is_failure for (code,) in codes):
             for payload in (b"1", b"2"):
                 now = trio.current_time()
                 connection.sender.send(Outgoing(topic, check_topic(topic), payload, 0, False, b"\0", now))
             await within(both)
-        for reply in [connection.unsubscribe([one]) for one in filters]:
+        asked += [connection.unsubscribe([one]) for one in filters]
+        for reply in asked[len(filters) :]:
             await within(reply)
     except trio.TooSlowError as exc:
-        for reply in subscribing:  # nobody waits for them any more, nor is a later end of the connection their doing
+        asked += [connection.unsubscribe([one]) for one in filters]
+        for reply in asked:  # nobody waits for them any more, nor is a later end of the connection their doing
             if not reply.settled:
                 reply.fail(exc)
-        for one in filters:
-            connection.unsubscribe([one])
     finally:
         connection.receiver.intercept = None
     return seen.count(b"1") > 1

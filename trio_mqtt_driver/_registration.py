@@ -67,6 +67,8 @@ class Registration(Generic[M]):
     """Whether it is sent on each connection, even if the session goes on: somebody needs the retained messages."""
     told: int = 0
     """The session that a SUBSCRIBE for it, other than by a plan, went to last, as the registry counts them."""
+    granted_in: int = 0
+    """The session in which the broker last granted it, other than by a plan."""
     untold: int = 0
     """The session in which it was refused in the broker's place, if the broker does not have it there."""
     answered: int = 0
@@ -129,6 +131,8 @@ class Leaving:
     """A Topic Filter that the broker shall forget."""
 
     topic_filter: str
+    asked: int = 0
+    """On how many connections."""
     reason_code: ReasonCode | None = None
     done: trio.Event = attrs.Factory(trio.Event)
 

@@ -155,9 +155,11 @@ class Registry(Generic[M]):
         del registration.wishes[member]
         self.version += 1
         if registration.members:
-            if registration.standing is Standing.REFUSED:
-                # It was the newcomer's wish that was refused: back to what the others had.
-                registration.ask(attrs.evolve(registration.options, qos=max(registration.wishes.values())))
+            highest = max(registration.wishes.values())
+            lower = highest < registration.options.qos
+            if registration.standing is Standing.REFUSED or (registration.standing is Standing.DUE and lower):
+                # It was the newcomer's wish that was refused, or not answered: back to what the others had.
+                registration.ask(attrs.evolve(registration.options, qos=highest))
                 registration.revision += 1
                 self._make_due(registration)
             return None
@@ -219,6 +221,9 @@ class Registry(Generic[M]):
         """
         unanswered = {registration for batch in self._in_flight for registration in batch.registrations}
         self._in_flight.clear()
+        for registration in unanswered:
+            if registration.granted_in != self._session:  # nor was it by a plan
+                registration.granted_in = 0
         if everything:
             self._replay()
             return
@@ -271,6 +276,15 @@ class Registry(Generic[M]):
         """The filters to UNSUBSCRIBE: before what is due, so that one that came back is subscribed last."""
         return list(self._leaving)
 
+    def take_leaving(self, limit: int) -> tuple[list[str], list[str]]:
+        """The same, and those that are given up: on ``limit`` connections nobody answered. 0: it is never given up."""
+        given_up = [name for name, leaving in self._leaving.items() if 0 < limit <= leaving.asked]
+        for topic_filter in given_up:
+            self.left(topic_filter, ReasonCode.UNSPECIFIED_ERROR)
+        for leaving in self._leaving.values():
+            leaving.asked += 1
+        return self.leaving, given_up
+
     def left(self, topic_filter: str, code: ReasonCode) -> None:
         """The broker has forgotten a filter, or refused to."""
         leaving = self._leaving.pop(topic_filter)
@@ -285,6 +299,8 @@ class Registry(Generic[M]):
         if terms != self._plan.terms:
             self._forget_plan()
             self._plan.terms = terms
+        if self._replaying and any(topic_filter in self._wanted for topic_filter in left_out):
+            self._forget_plan()
         for topic_filter, words in left_out.items():
             self._leave_out(topic_filter, words, generation)
         batches: list[Batch[M]] = []
@@ -313,9 +329,10 @@ class Registry(Generic[M]):
         registration = self._due.pop(topic_filter, None)
         if registration is None:
             return
-        # Granted earlier in a session that goes on, it may still be there.
-        granted = registration.reason_code is not None and not registration.reason_code.is_failure
-        if not self._told(registration) or not (granted or registration.words):
+        # Granted earlier in a session that goes on, it may still be there; others were granted by a plan.
+        granted_in = registration.granted_in
+        if granted_in != self._session and not (granted_in and self._replayed == self._session):
+            registration.granted_in = 0
             registration.untold = self._session
         self.answer(_alone(registration), (ReasonCode.UNSPECIFIED_ERROR,), generation)
         registration.words = words
@@ -347,7 +364,7 @@ class Registry(Generic[M]):
     def _take_answer(self, batch: Batch[M], codes: tuple[ReasonCode, ...], generation: int) -> bool:
         """Returns whether all are granted as they are wanted now."""
         as_wanted = True
-        granted, refused = Standing.GRANTED, Standing.REFUSED
+        granted, refused, session = Standing.GRANTED, Standing.REFUSED, self._session
         for registration, revision, code in zip(batch.registrations, batch.revisions, codes, strict=True):
             registration.reason_code = code
             if registration.words:
@@ -362,6 +379,7 @@ class Registry(Generic[M]):
                 as_wanted = False
             else:
                 registration.standing = granted
+                registration.granted_in = session
             if registration.waiter is not None:
                 registration.wake()
         return as_wanted

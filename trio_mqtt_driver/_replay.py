@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import compress
 from operator import not_
 from typing import Any
@@ -17,6 +18,8 @@ from ._registry import Registry
 from ._replies import Reply
 from ._suspects import COPIES
 from ._types import ReasonCode
+
+logger = logging.getLogger("trio_mqtt_driver")
 
 _WAVE = 10_000
 """Packets that wait for their answers at a time: each takes a packet identifier, of which there are 65,535."""
@@ -66,7 +69,8 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
 
 async def _ask_for_copies(connection: Connection) -> None:
     now = trio.current_time()
-    if COPIES in connection.questions.left_out(now, {COPIES}):
+    held = COPIES in connection.questions.left_out(now, {COPIES})
+    if held or (connection.deadlines.live and COPIES in connection.questions.filters):
         return  # for now it is taken to send one, as a broker that lets us not subscribe there
     connection.asks_copies = True
     connection.session.copies = await sends_copies(connection)
@@ -77,7 +81,14 @@ async def _ask_for_copies(connection: Connection) -> None:
 async def _unsubscribe(connection: Connection, registry: Registry[Any]) -> None:
     largest = connection.limits.maximum_packet_size
     filters: list[str] = []
-    for topic_filter in registry.leaving:
+    leaving, given_up = registry.take_leaving(connection.config.quarantine_after)
+    for topic_filter in given_up:
+        logger.warning(
+            "%s: the broker does not answer UNSUBSCRIBE of %r, which is given up",
+            connection.config.client_id,
+            topic_filter,
+        )
+    for topic_filter in leaving:
         if subscribe_refusal(connection.limits, topic_filter) is ReasonCode.PACKET_TOO_LARGE:
             registry.left(topic_filter, ReasonCode.SUCCESS)  # it could not be subscribed here either
         else:
@@ -114,9 +125,10 @@ async def _subscribe(connection: Connection, registry: Registry[Any], batches: l
             sent = batch if unlimited or batch.codes is not None else _without_refused(connection, registry, batch)
             if sent.registrations:
                 requests.append((sent, connection.subscribe(sent.filters, sent.identifier, sent.user_properties)))
+    suspected = bool(connection.suspects)
     for sent, reply in requests:
         registry.answer(sent, await _answer(connection, reply, "SUBSCRIBE"), connection.generation)
-        if connection.suspects:
+        if suspected:
             for registration in sent.registrations:
                 connection.suspects.answered(registration.topic_filter, trio.current_time())
 
