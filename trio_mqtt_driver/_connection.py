@@ -48,7 +48,7 @@ from ._requests import Codes, Requests
 from ._sender import Sender
 from ._session import Session
 from ._subscribing import SubAck, needs_5
-from ._suspects import COPIES, Suspects
+from ._suspects import COPIES, NOBODY
 from ._transport import lost
 from ._types import NO_LIMITS, Message, ServerLimits, UserProperties
 from ._writer import Writer
@@ -126,9 +126,9 @@ class Connection:
         self.requests = Requests(version=version, release=session.ids.release)
         self.batch = config.replay_batch
         """How many filters a packet may have."""
-        self.suspects = Suspects()
+        self.suspects = NOBODY
         """Filters over which the endpoint has ended connections; and in ``questions`` what the driver itself asks."""
-        self.questions = Suspects()
+        self.questions = NOBODY
         self.asks_copies = False
         """Whether it is being found out what the broker does with overlapping filters."""
         self.hint = ""

@@ -47,7 +47,6 @@ class Dialer:
         self._versions = versions
         self._batch_sizes = BatchSizes()
         self._suspects = EndpointSuspects(on_suspect)
-        self._questions = EndpointSuspects(on_suspect)
         self._inbox = inbox
         self._outbox = outbox
         self._counters = counters
@@ -124,8 +123,7 @@ class Dialer:
         )
         connection.batch = batch
         if config.quarantine_after:
-            connection.suspects = self._suspects.of(config.endpoint)
-            connection.questions = self._questions.of(config.endpoint)
+            connection.suspects, connection.questions = self._suspects.of(config.endpoint)
         try:
             await connection.run(lambda made: life(made, deadline))
         finally:
@@ -173,7 +171,6 @@ class Dialer:
         self._versions.forget()
         self._batch_sizes.forget()
         self._suspects.forget()
-        self._questions.forget()
 
     def adopt(self, session: Session) -> None:
         """A broker has accepted a connection of this session."""

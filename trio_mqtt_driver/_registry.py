@@ -276,9 +276,9 @@ class Registry(Generic[M]):
         """The filters to UNSUBSCRIBE: before what is due, so that one that came back is subscribed last."""
         return list(self._leaving)
 
-    def take_leaving(self, limit: int) -> tuple[list[str], list[str]]:
-        """The same, and those that are given up: on ``limit`` connections nobody answered. 0: it is never given up."""
-        given_up = [name for name, leaving in self._leaving.items() if 0 < limit <= leaving.asked]
+    def take_leaving(self, limit: float) -> tuple[list[str], list[str]]:
+        """The same, and those that are given up: the broker has not answered on ``limit`` connections."""
+        given_up = [name for name, leaving in self._leaving.items() if leaving.asked >= limit]
         for topic_filter in given_up:
             self.left(topic_filter, ReasonCode.UNSPECIFIED_ERROR)
         for leaving in self._leaving.values():
@@ -299,10 +299,11 @@ class Registry(Generic[M]):
         if terms != self._plan.terms:
             self._forget_plan()
             self._plan.terms = terms
-        if self._replaying and any(topic_filter in self._wanted for topic_filter in left_out):
-            self._forget_plan()
-        for topic_filter, words in left_out.items():
-            self._leave_out(topic_filter, words, generation)
+        if left_out:
+            if self._replaying and any(topic_filter in self._wanted for topic_filter in left_out):
+                self._forget_plan()
+            for topic_filter, words in left_out.items():
+                self._leave_out(topic_filter, words, generation)
         batches: list[Batch[M]] = []
         if self._replaying:
             self._replaying = False

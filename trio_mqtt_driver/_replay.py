@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from itertools import compress
 from operator import not_
 from typing import Any
@@ -14,13 +15,15 @@ from ._errors import AckTimeoutError
 from ._limits import subscribe_refusal, takes_all
 from ._probe import sends_copies
 from ._registration import Batch, Terms
-from ._registry import Registry
+from ._registry import NOTHING, Registry
 from ._replies import Reply
 from ._suspects import COPIES
 from ._types import ReasonCode
 
 logger = logging.getLogger("trio_mqtt_driver")
 
+_LEAST = 3
+"""Connections on which an UNSUBSCRIBE is sent in vain before it is given up, if ``quarantine_after`` is less."""
 _WAVE = 10_000
 """Packets that wait for their answers at a time: each takes a packet identifier, of which there are 65,535."""
 
@@ -48,7 +51,7 @@ async def synchronise(connection: Connection, registry: Registry[Any]) -> None:
             wildcards=limits.wildcard_available,
             apart=apart,
         )
-        left_out = suspects.left_out(trio.current_time(), registry)
+        left_out = suspects.left_out(trio.current_time(), registry) if suspects else NOTHING
         batches = registry.take_due(terms, left_out, connection.generation)
         if not batches:
             if registry.leaving:
@@ -81,7 +84,11 @@ async def _ask_for_copies(connection: Connection) -> None:
 async def _unsubscribe(connection: Connection, registry: Registry[Any]) -> None:
     largest = connection.limits.maximum_packet_size
     filters: list[str] = []
-    leaving, given_up = registry.take_leaving(connection.config.quarantine_after)
+    leaving = registry.leaving
+    if not leaving:
+        return
+    limit = connection.config.quarantine_after
+    leaving, given_up = registry.take_leaving(max(limit, _LEAST) if limit else math.inf)
     for topic_filter in given_up:
         logger.warning(
             "%s: the broker does not answer UNSUBSCRIBE of %r, which is given up",

@@ -74,12 +74,14 @@ class Suspects:
 
     def next_try(self, wanted: Container[str]) -> float:
         """When one that is taken for refused is to be sent nevertheless."""
+        if not self._suspects:
+            return math.inf
         tries = [one.try_at for name, one in self._suspects.items() if one.hold and name in wanted]
         return max(min(tries), self._no_try_before) if tries else math.inf
 
     def to_try(self, now: float, wanted: Container[str]) -> str | None:
         """Which one, if it is time for that: of several the one that is due longest."""
-        if now < self._no_try_before:
+        if not self._suspects or now < self._no_try_before:
             return None
         due = [(one.try_at, name) for name, one in self._suspects.items() if one.hold and name in wanted]
         first, name = min(due, default=(math.inf, None))
@@ -143,20 +145,29 @@ class Suspects:
             self._tell(f"{topic_filter!r} is not taken for refused any more")
 
 
+NOBODY = Suspects()
+"""Without anybody in it, as nobody must be blamed there."""
+
+
 class EndpointSuspects:
     """Those of all endpoints; ``tell`` is told what has changed for the better."""
 
     def __init__(self, tell: Callable[[str], object] = _nobody) -> None:
         self._tell = tell
-        self._of: dict[Endpoint, Suspects] = {}
+        self._of: dict[Endpoint, tuple[Suspects, Suspects]] = {}
 
-    def of(self, endpoint: Endpoint) -> Suspects:
-        suspects = self._of.get(endpoint)
-        if suspects is None:
+    def of(self, endpoint: Endpoint) -> tuple[Suspects, Suspects]:
+        """The filters of the application, and what the driver itself asks."""
+        both = self._of.get(endpoint)
+        if both is None:
             if len(self._of) >= _MOST:
                 self._of.clear()
-            suspects = self._of[endpoint] = Suspects(lambda text: self._tell(f"{endpoint}: {text}"))
-        return suspects
+
+            def tell(text: str) -> None:
+                self._tell(f"{endpoint}: {text}")
+
+            both = self._of[endpoint] = Suspects(tell), Suspects(tell)
+        return both
 
     def forget(self) -> None:
         self._of.clear()
