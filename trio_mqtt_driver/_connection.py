@@ -132,7 +132,7 @@ class Connection:
         self.asks_copies = False
         """Whether it is being found out what the broker does with overlapping filters."""
         self.hint = ""
-        """What there is to say if the connection is lost now, while it is tested."""
+        """While the connection is being tested, what there is to say if it is lost."""
         self._closing = False
         self._eof = trio.Event()
 
@@ -259,8 +259,8 @@ class Connection:
 
     @property
     def accused(self) -> list[str]:
-        """The same of ``requests``, but ``COPIES`` for what the driver itself has asked."""
-        if self.hint:  # the test of the link may subscribe, too
+        """As ``requests`` say, but ``COPIES`` for what the driver itself has asked."""
+        if self.hint:  # it is being tested, for which the driver may subscribe, too
             return []
         return [COPIES] if self.asks_copies else self.requests.accused
 
@@ -305,9 +305,8 @@ class Connection:
         """The subscriptions are there: from now on publishes go out, and their acknowledgements may be overdue."""
         self.deadlines.live = True
         self._writer.go_live()
-        self.batch = max(
-            self.config.replay_batch, min(self.requests.answered, self.batch)
-        )  # more is for a replay to try
+        # More is for a replay to try.
+        self.batch = max(self.config.replay_batch, min(self.requests.answered, self.batch))
         self._look()
         self.sender.go_live()
 
