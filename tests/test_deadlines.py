@@ -53,7 +53,7 @@ def made(**options: Any) -> Driven:
     timeouts: dict[str, Any] = {"ping_timeout": 10, "ack_timeout": 5, **options}
     config = DriverConfig(endpoint=Endpoint(host="h", port=1), **timeouts)
     deadlines = Driven(config, 100.0, EPOCH + 100.0)
-    deadlines.keep_alive = 30.0
+    deadlines.agree(30.0)
     deadlines.live = True
     return deadlines
 
@@ -68,10 +68,15 @@ def ping(deadlines: Driven, now: float) -> None:
     deadlines.sent_at = now
 
 
-def test_a_quiet_link_is_pinged_after_the_keep_alive(deadlines: Driven) -> None:
-    assert not deadlines.asks(129.9)
-    assert deadlines.asks(130.0)
-    assert deadlines.wakes(100.0) == 130.0
+@pytest.mark.parametrize("keep_alive, after", [(1, 0.75), (2, 1.5), (4, 3), (5, 4), (30, 29), (65535, 65534)])
+def test_a_quiet_link_is_pinged_before_the_keep_alive_is_over(
+    deadlines: Driven, keep_alive: float, after: float
+) -> None:
+    deadlines.agree(keep_alive)
+    assert not deadlines.asks(100.0)
+    assert deadlines.wakes(100.0) == 100.0 + after
+    assert not deadlines.asks(99.9 + after)
+    assert deadlines.asks(100.0 + after)
 
 
 def test_sending_alone_does_not_hide_that_nothing_arrives(deadlines: Driven) -> None:
@@ -135,9 +140,9 @@ def test_while_reading_is_paused_nothing_is_overdue_but_pings_go_out(deadlines: 
     ping(deadlines, 110.0)
     deadlines.paused = True
     assert deadlines.error(500.0, 110.0) is None
-    assert deadlines.asks(140.0)
-    assert not deadlines.asks(139.0)
-    assert deadlines.wakes(139.0, 110.0) == 140.0
+    assert deadlines.asks(139.0)
+    assert not deadlines.asks(138.0)
+    assert deadlines.wakes(138.0, 110.0) == 139.0
     assert deadlines.wakes(120.0, 110.0) == 125.0
 
 
@@ -152,7 +157,7 @@ def test_after_a_pause_all_waiting_begins_anew(deadlines: Driven) -> None:
 
 
 def test_without_keep_alive_nothing_is_due(deadlines: Driven) -> None:
-    deadlines.keep_alive = math.inf
+    deadlines.agree(math.inf)
     assert not deadlines.asks(1e9)
     assert deadlines.wakes(100.0) == math.inf
 
@@ -162,8 +167,8 @@ def test_before_the_link_is_live_only_the_brokers_clock_runs(deadlines: Driven) 
     deadlines.live = False
     deadlines.pings.append(Ping(100.0, Reply()))
     assert deadlines.error(1000.0, 100.0) is None
-    assert deadlines.wakes(100.0, 100.0) == 130.0
-    assert deadlines.asks(130.0)
+    assert deadlines.wakes(100.0, 100.0) == 129.0
+    assert deadlines.asks(129.0)
     deadlines.sent_at = 130.0
     assert not deadlines.asks(131.0)
     deadlines.live = True
@@ -174,9 +179,9 @@ def test_before_the_link_is_live_nothing_is_overdue_but_the_broker_hears_from_us
     deadlines.live = False
     ping(deadlines, 110.0)
     assert deadlines.error(1000.0, 110.0) is None
-    assert not deadlines.asks(139.0)
-    assert deadlines.asks(140.0)
-    assert deadlines.wakes(110.0, 110.0) == 140.0
+    assert not deadlines.asks(138.9)
+    assert deadlines.asks(139.0)
+    assert deadlines.wakes(110.0, 110.0) == 139.0
 
 
 # -- a late acknowledgement -------------------------------------------------------------------------------------------
@@ -297,7 +302,7 @@ def test_the_shorter_timeout_bounds_the_doubt(ping_timeout: float, ends: float) 
 
 def test_without_an_ack_timeout_no_acknowledgement_is_late() -> None:
     deadlines = made(ack_timeout=math.inf)
-    deadlines.keep_alive = math.inf
+    deadlines.agree(math.inf)
     assert not deadlines.asks(1e6, 110.0)
     assert deadlines.error(1e6, 110.0) is None
     assert deadlines.wakes(1e6, 110.0) == math.inf
@@ -348,7 +353,7 @@ def test_an_answer_to_an_older_ping_may_be_older_than_the_suspension(deadlines: 
 
 @pytest.mark.parametrize("keep_alive, most", [(30, 45), (2, 3), (math.inf, 60)])
 def test_the_jump_must_be_longer_than_the_broker_waits(deadlines: Driven, keep_alive: float, most: float) -> None:
-    deadlines.keep_alive = keep_alive
+    deadlines.agree(keep_alive)
     deadlines.sent_at = deadlines.heard_at = 101.0
     deadlines.slept = most
     assert not deadlines.asks(101.0)
@@ -446,14 +451,14 @@ def test_whoever_waits_for_an_answer_is_late_once_and_at_its_time(deadlines: Dri
     assert deadlines.wakes(107) == 109
     assert called.at(deadlines, 110) == ["second"]
     assert called.at(deadlines, 111) == []
-    assert deadlines.wakes(111) == 130
+    assert deadlines.wakes(111) == 129
 
 
 def test_an_answer_that_came_is_not_late(deadlines: Driven) -> None:
     called = Calls()
     answer = deadlines.begin(100, 7, called.named("answered"))
     deadlines.end(answer)
-    assert deadlines.wakes(100) == 130
+    assert deadlines.wakes(100) == 129
     assert called.at(deadlines, 107) == []
     overdue = deadlines.begin(110, 7, called.named("late"))
     assert called.at(deadlines, 117) == ["late"]
@@ -462,7 +467,7 @@ def test_an_answer_that_came_is_not_late(deadlines: Driven) -> None:
 
 def test_while_reading_is_paused_no_answer_is_late_and_then_it_has_all_its_time(deadlines: Driven) -> None:
     called = Calls()
-    deadlines.keep_alive = math.inf
+    deadlines.agree(math.inf)
     deadlines.begin(100, 7, called.named("before"))
     deadlines.paused = True
     deadlines.begin(102, 3, called.named("meanwhile"))
@@ -478,5 +483,5 @@ def test_while_reading_is_paused_no_answer_is_late_and_then_it_has_all_its_time(
 def test_without_a_timeout_an_answer_is_never_late(deadlines: Driven) -> None:
     called = Calls()
     deadlines.begin(100, math.inf, called.named("late"))
-    assert deadlines.wakes(100) == 130
+    assert deadlines.wakes(100) == 129
     assert called.at(deadlines, 1e9) == []

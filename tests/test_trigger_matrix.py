@@ -55,7 +55,7 @@ STAGES = {
     ),
     "validating": Stage(State.VALIDATING, Kind.PUBACK, None, "ProbeError: the test publish to ", 5),
     "replaying": Stage(State.REPLAYING, Kind.SUBACK, None, "AckTimeoutError: SUBSCRIBE was not answered", 10),
-    "idle": Stage(State.LIVE, None, None, "KeepAliveError: no answer to PINGREQ within ping_timeout=10 s", 30),
+    "idle": Stage(State.LIVE, None, None, "KeepAliveError: no answer to PINGREQ within ping_timeout=10 s", 26),
     "publishing": Stage(State.LIVE, Kind.PUBACK, 1, LATE, 10),
     "publishing QoS 2": Stage(State.LIVE, Kind.PUBREC, 2, LATE, 10),
     "releasing QoS 2": Stage(State.LIVE, Kind.PUBCOMP, 2, LATE, 10),

@@ -221,8 +221,8 @@ class Connection:
         self.session.on_processed = self.receiver.acknowledge
         self.sender.begin(limits)
         seconds = self.config.keep_alive if limits.server_keep_alive is None else limits.server_keep_alive
-        self.deadlines.keep_alive = seconds or math.inf
-        self._expect_by(trio.current_time() + self.deadlines.keep_alive)
+        self.deadlines.agree(seconds or math.inf)
+        self._expect_by(self.deadlines.look_at(trio.current_time()))
 
     @property
     def marks_copies(self) -> bool:

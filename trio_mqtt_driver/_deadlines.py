@@ -1,8 +1,8 @@
 """When a connection must send PINGREQ, and when an answer is overdue. Pure: times in, decisions out.
 
-Two clocks run. Ours to the broker: it must hear from us within Keep Alive [MQTT-3.1.2-20], whatever else happens. And
-the broker's to us: if nothing arrives for as long, PINGREQ asks for a sign of life, since on a half-open link writing
-goes on "working" for a long time. Bytes that arrive count as that sign, since a PINGRESP may queue behind large
+Two clocks run. Ours to the broker: it must hear from us within Keep Alive [MQTT-3.1.2-20], whatever else happens, so
+PINGREQ goes out a little before that. And the broker's to us: if nothing arrives for as long, PINGREQ asks for a sign
+of life, since on a half-open link writing goes on "working" for a long time. Bytes that arrive count as that sign, since a PINGRESP may queue behind large
 messages; but a broker that goes on to send whole packets and never answers does not answer.
 
 A link is *in doubt* when an acknowledgement is late, or when the machine was suspended: PINGREQ goes out at once, and
@@ -38,6 +38,10 @@ from ._types import ReasonCode
 
 _PATIENCE = 3
 """So many ping timeouts are too many for one PINGREQ, whatever else arrives."""
+_AHEAD = 1.0
+_AHEAD_AT_MOST = 0.25
+"""Seconds, and of the Keep Alive: so much before it is over PINGREQ goes out. The loop may be busy then and the
+network slow, and nats-server has no patience beyond a Keep Alive of 1: it rounds one and a half times that down."""
 _GIVEN_UP_AFTER = 1.5
 """In keep-alives: a broker that hears nothing for so long closes the connection [MQTT-3.1.2-22]."""
 _FORGOTTEN_AFTER = 60.0
@@ -73,7 +77,7 @@ class Deadlines:
         self._ping_timeout = config.ping_timeout
         self._ack_timeout = config.ack_timeout
         self._doubt_timeout = min(config.ping_timeout, config.ack_timeout)
-        self.keep_alive: float = math.inf
+        self._keep_alive = self._ping_after = math.inf
         self.sent_at = now
         self.heard_at = now
         """When anything last arrived from the broker."""
@@ -89,6 +93,11 @@ class Deadlines:
         self._ahead = wall - now
         self._suspended: _Doubt | None = None
         self._suspended_for = 0.0
+
+    def agree(self, keep_alive: float) -> None:
+        """CONNACK is there: the Keep Alive that holds, in seconds, infinite for none."""
+        self._keep_alive = keep_alive
+        self._ping_after = keep_alive - min(_AHEAD, _AHEAD_AT_MOST * keep_alive)
 
     def resume(self, now: float) -> None:
         """Reading goes on: what lay unread can be an answer, so all waiting begins anew."""
@@ -139,7 +148,7 @@ class Deadlines:
         # Trio's clock stands still while the machine is suspended, the wall clock does not.
         jump = wall - now - self._ahead
         self._ahead = wall - now
-        if jump > (_FORGOTTEN_AFTER if self.keep_alive == math.inf else _GIVEN_UP_AFTER * self.keep_alive):
+        if jump > (_FORGOTTEN_AFTER if self._keep_alive == math.inf else _GIVEN_UP_AFTER * self._keep_alive):
             self._suspended_for += jump
             self._suspended = _Doubt(since=now, asked_from=now)
 
@@ -155,12 +164,12 @@ class Deadlines:
 
     def ping_due(self, now: float) -> bool:
         """Whether PINGREQ must be sent now."""
-        if now >= self.sent_at + self.keep_alive:
+        if now >= self.sent_at + self._ping_after:
             return True
         if not self.live or self.paused:
             return False
         last = self.pings[-1].sent_at if self.pings else -math.inf
-        return (not self.pings and now >= self.heard_at + self.keep_alive) or any(
+        return (not self.pings and now >= self.heard_at + self._ping_after) or any(
             doubt is not None and not doubt.answered and last < doubt.asked_from
             for doubt in (self._late, self._suspended)
         )
@@ -190,14 +199,14 @@ class Deadlines:
 
     def look_at(self, now: float) -> float:
         """When the next of all this may be due."""
-        ping_by = self.sent_at + self.keep_alive
+        ping_by = self.sent_at + self._ping_after
         if self.paused:
             return min(ping_by, now + self._ack_timeout)
         answer_by = min((wait.by for wait in self._waits), default=math.inf)
         if not self.live:
             return min(ping_by, answer_by)
         if not self.pings:
-            ping_by = min(ping_by, self.heard_at + self.keep_alive)
+            ping_by = min(ping_by, self.heard_at + self._ping_after)
         ack_by = self._waiting_since + self._ack_timeout
         if self._late is not None:
             ack_by = self._answer_by(self._late.since, self._doubt_timeout)

@@ -9,7 +9,7 @@ from tests.brokers.grounds import Ground, every_ground_but
 from trio_mqtt_driver import Message, MQTTDriver
 
 pytestmark = pytest.mark.broker
-# keep_alive: nats-server closes idle connections that ping once a second, and what is lost then is not repeated.
+# keep_alive: nats-server waits for a second only with 1, and what a link loses here is not repeated.
 
 
 @pytest.mark.parametrize("slow, quick", [(1, 1), (2, 2), (1, 2), (2, 1)])

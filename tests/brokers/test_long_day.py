@@ -40,7 +40,7 @@ PACE = Pace(publish=(0.02, 0.1), incoming=(0.02, 0.15), turn=(1, 5))
 # a busy machine might miss is not: a link must not be lost outside of the outages.
 COMPRESSED: dict[str, Any] = {
     **QUICK,
-    "keep_alive": 2,  # with 1 nats-server ends a link after a second of silence, which is when PINGREQ is due
+    "keep_alive": 2,  # nats-server ends a link after a second of silence with 1, a quarter after PINGREQ was due
     "ping_timeout": 5,
     "ack_timeout": 5,
     "history_events": 50,

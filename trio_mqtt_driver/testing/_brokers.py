@@ -31,7 +31,7 @@ class EmbeddedBroker(BrokerProcess):
 
     It has no MQTT 5 and no shared subscriptions. Client identifiers must not contain a dot, ``*``, ``>`` or a space.
     What a client did not acknowledge comes again after a second, also while it is connected. An idle connection ends
-    after 1.5 Keep Alives, rounded down to seconds: with a Keep Alive of 1 that is when PINGREQ is due.
+    after 1.5 Keep Alives, rounded down to seconds: with a Keep Alive of 1 after one second.
     """
 
     name = "nats-server"
