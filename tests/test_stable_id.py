@@ -267,3 +267,29 @@ async def test_the_expiry_that_the_broker_granted_counts(autojump_clock: MockClo
         broker.start()
         await broker.wait_for(lambda: len(broker.connects) == 4)
         assert starts(broker) == [True, False, False, True]
+
+
+async def test_other_settings_do_not_cost_the_session_of_a_broker_that_speaks_3_1_1_only(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """To ask it with MQTT 5 again would."""
+    broker = MemoryBroker(nursery, versions=(4,))
+    got: list[bytes] = []
+    async with MQTTDriver(stable_config(broker, "auto")) as driver:
+        await driver.subscribe("in", lambda message: got.append(message.payload), qos=1)
+        held = broker.faults.hold(Kind.PUBREC)
+        receipt = driver.publish_nowait("out", b"once", qos=2)
+        await settled()
+        broker.down = True
+        broker.disconnect()
+        held.remove()
+        broker.publish("in", b"kept", qos=1)
+        await trio.sleep(1)
+        driver.apply_settings(driver.config.evolve(keep_alive=31))
+        broker.down = False
+        await driver.wait_live()
+        await receipt.wait()
+        assert driver.config.keep_alive == 31
+        await trio.sleep(5)
+    assert [message.payload for message in broker.published if message.topic == "out"] == [b"once"]
+    assert got == [b"kept"]

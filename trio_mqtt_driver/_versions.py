@@ -42,8 +42,9 @@ class Versions:
         elif config.stable_id:  # To ask with MQTT 5 again would give up the session.
             _remember(self._only_3_1_1, config.endpoint)
 
-    def forget(self) -> None:
-        self._only_3_1_1.clear()
+    def forget(self, *, but: Endpoint | None) -> None:
+        """All that was learnt, but that an endpoint is to be asked with 3.1.1."""
+        self._only_3_1_1 &= {but}
         self._spoke_5.clear()
 
 
