@@ -25,7 +25,7 @@ LAYERS = (
     names("_errors _types _topics"),
     names(
         "_config _validators _properties _url _tls _client_id _backoff _endpoints _codecs _callbacks _edges _history"
-        " _events _states _status _turns"
+        " _events _states _status _turns _cancelled"
     ),
     names("_packets _subscribing _paho _transport _direct"),
     names(
@@ -49,7 +49,7 @@ STRANGERS = {
 }
 # Modules that are functions of their arguments: no clock, no tasks.
 WITHOUT_TRIO = names(
-    "_topics _types _properties _url _client_id _backoff _endpoints _codecs _callbacks _edges _history _status"
+    "_topics _types _properties _url _client_id _backoff _endpoints _codecs _edges _history _status"
     " _packets _subscribing _aliases _gathering",
 )
 PAHO = names("paho trio_paho_mqtt")

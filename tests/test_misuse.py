@@ -172,3 +172,29 @@ async def test_a_handler_that_would_run_nothing_is_refused(
                 await driver.subscribe("a", handler)
         with pytest.raises(TypeError, match="handler must be callable, not str"):
             await driver.subscribe("a", cast("Any", "handler"))
+
+
+@pytest.mark.parametrize("call", ["pause", "unsubscribe_nowait", "force_reconnect", "apply_settings"])
+async def test_a_call_from_another_thread_changes_nothing(
+    autojump_clock: trio.testing.MockClock, broker: MemoryBroker, call: str
+) -> None:
+    got: list[bytes] = []
+    async with MQTTDriver(memory_config(broker)) as driver:
+        subscription = await driver.subscribe("in", lambda message: got.append(message.payload))
+        calls: dict[str, Any] = {
+            "pause": lambda: driver.pause("maintenance"),
+            "unsubscribe_nowait": lambda: driver.unsubscribe_nowait(subscription),
+            "force_reconnect": lambda: driver.force_reconnect("now", even_if_live=True),
+            "apply_settings": lambda: driver.apply_settings(driver.config.evolve(keep_alive=7)),
+        }
+        before = driver.config, driver.status().history
+        with pytest.raises(RuntimeError, match="must be called from async context"):
+            await trio.to_thread.run_sync(calls[call])
+        assert (driver.config, driver.status().history) == before
+        broker.publish("in", b"x")
+        await driver.publish("out", qos=1)
+        assert driver.state is State.LIVE
+        assert got == [b"x"]
+        driver.force_reconnect("again", even_if_live=True)
+        await driver.wait_live()
+        assert driver.generation == 2

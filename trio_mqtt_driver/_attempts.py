@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable
 
 import trio
 
+from ._cancelled import without_errors
 from ._client_id import ClientIds
 from ._config import Attempt, DriverConfig
 from ._errors import OptionsError
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 
 class Attempts:
@@ -26,6 +31,7 @@ class Attempts:
         self.number += 1
         return Attempt(config=config, number=self.number, generation=generation, last_error=last_error)
 
+    @trio.lowlevel.disable_ki_protection
     async def options(self, attempt: Attempt) -> DriverConfig:
         """Ask the application for its options. Raises ``OptionsError`` for whatever goes wrong there."""
         config = attempt.config
@@ -43,6 +49,8 @@ class Attempts:
                 raise
             except Exception as exc:  # whatever the application's code raises is one failed attempt
                 raise OptionsError(f"options_factory failed: {exc!r}") from exc
+            except BaseExceptionGroup as exc:
+                raise without_errors(exc, "options_factory") from None
             if not isinstance(options, DriverConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise OptionsError(f"options_factory must return a DriverConfig, not {type(options).__name__}")
             return options

@@ -87,6 +87,7 @@ class Presence:
         availability = connection.config.availability
         self._said = None if availability is None else _say(connection, availability, availability.online)
 
+    @trio.lowlevel.enable_ki_protection
     async def insist(self, connection: Connection) -> None:
         """Say "online" again whenever somebody says otherwise; for as long as the connection is live."""
         availability, said = connection.config.availability, self._said

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import trio
+
 T = TypeVar("T")
 
 logger = logging.getLogger("trio_mqtt_driver")
@@ -34,6 +36,7 @@ class Callbacks(Generic[T]):
 
         return unregister
 
+    @trio.lowlevel.disable_ki_protection  # a callback that hangs can be interrupted
     def call(self, value: T) -> None:
         """Those that a callback registers hear the next one; those that it unregisters hear no more."""
         for key in list(self._callbacks):

@@ -12,11 +12,13 @@ is a plain function needs no task.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
 
+from ._cancelled import without_errors
 from ._copies import CopyDealer
 from ._errors import DriverClosedError, SubscribeError, UnsubscribeError
 from ._history import Counters
@@ -24,6 +26,9 @@ from ._registration import Leaving, Registration, SubscriptionOptions
 from ._registry import Registry
 from ._subscription import Subscription
 from ._types import Acknowledger, Message, Overflow
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 logger = logging.getLogger("trio_mqtt_driver")
 
@@ -282,6 +287,7 @@ class Dispatcher:
 
     def close(self, subscription: Subscription[Any]) -> Leaving | None:
         """End a subscription; returns what to wait for if the broker must be told."""
+        trio.current_time()  # raises in another thread, before anything is changed
         self._open.discard(subscription)
         leaving = None
         if subscription._registration is not None:
@@ -335,6 +341,7 @@ class Dispatcher:
 
     # -- handlers -----------------------------------------------------------------------------------------------------
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """The message-dispatch task: home of the handlers' tasks. Runs until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -351,6 +358,8 @@ class Dispatcher:
         self._handling.add(subscription)
         try:
             await subscription._handle(handler)
+        except BaseExceptionGroup as exc:
+            raise without_errors(exc, f"handler of {subscription.topic_filter!r}") from None
         finally:
             self._handling.discard(subscription)
             subscription._handler_ended()

@@ -21,13 +21,14 @@ from ._arguments import (
 )
 from ._availability import Presence
 from ._callbacks import Callbacks
+from ._cancelled import only_cancelled
 from ._config import Attempt, DriverArguments, DriverConfig
 from ._dispatch import Dispatcher
 from ._edges import Edges
 from ._errors import DriverClosedError, NotConnectedError, ServerLimitError
 from ._events import EventStream
 from ._history import History
-from ._lifespan import Lifespan, only_cancelled
+from ._lifespan import Lifespan
 from ._limits import subscribe_refusal
 from ._outbox import Outbox
 from ._outgoing import Receipt, Undelivered, wait_settled
@@ -151,6 +152,7 @@ class MQTTDriver:
             nursery.start_soon(self._publisher.run)
             nursery.start_soon(self._keep_connected)
 
+    @trio.lowlevel.enable_ki_protection
     async def _keep_connected(self) -> None:
         try:
             await self._supervisor.run()

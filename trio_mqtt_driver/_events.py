@@ -81,6 +81,7 @@ class EventStream:
         self._events.clear()
         self.end()
 
+    @trio.lowlevel.enable_ki_protection
     async def receive(self) -> Event:
         """Wait for the next event. Cancelling loses nothing.
 

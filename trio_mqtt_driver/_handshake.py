@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import trio
 
+from ._cancelled import without_errors
 from ._config import TERMINAL_REFUSALS
 from ._connection import Connection
 from ._errors import OptionsError, ProtocolError, ProtocolVersionError, RefusedError, TransportError
 from ._paho import AuthPacket, ConnAck
 from ._types import ReasonCode
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 _ADVICE = {
     ReasonCode.BAD_USER_NAME_OR_PASSWORD: "check username and password",
@@ -19,6 +25,7 @@ _ADVICE = {
 }
 
 
+@trio.lowlevel.disable_ki_protection
 async def handshake(connection: Connection) -> None:
     """Connect the session; returns when CONNACK was good. The caller sets the deadline.
 
@@ -46,6 +53,8 @@ async def handshake(connection: Connection) -> None:
         raise
     except Exception as exc:
         raise OptionsError(f"the authenticator failed: {exc!r}") from exc
+    except BaseExceptionGroup as exc:
+        raise without_errors(exc, "authenticator") from None
     connection.connected(answer.limits, session_present=answer.session_present)
 
 

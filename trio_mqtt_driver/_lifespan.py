@@ -8,10 +8,12 @@ The nursery never shows, because no exception reaches it. What the body raised i
 same object; ``Cancelled`` too, which then meets the scope it belongs to. What a service raised is kept in ``_error``
 and cancels the body. Who wins:
 
-1. Ctrl-C that hit a service: it is Ctrl-C again;
+1. Ctrl-C that hit the application's code in a service, such as a handler: it is Ctrl-C again. Our own code is
+   protected from it, in every task of ours and wherever the application's tasks wait for us: Trio delivers it to the
+   main task then, and the driver is left like any other block, with a drain;
 2. what the body raised (an exception, Ctrl-C, or a cancellation from outside), as itself;
 3. else why the driver stopped for good: a terminal refusal, a handler's exception under ``on_handler_error="raise"``;
-   anything else that a service raised is our bug, a ``DriverInternalError``.
+   another ``Exception`` that a service raised is our bug, a ``DriverInternalError``.
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ class Lifespan:
         if error is not None:
             _raise(error)
 
+    @trio.lowlevel.enable_ki_protection
     async def _run(self, services: Callable[[], Awaitable[None]]) -> None:
         try:
             with self._services:
@@ -92,7 +95,7 @@ class Lifespan:
             self.fail_with(exc)
 
     def fail_with(self, exc: BaseException) -> None:
-        """``fail`` for an exception that came out of a service: Ctrl-C stays itself, anything else is our bug."""
+        """``fail`` for an exception that came out of a service: Ctrl-C stays itself, an ``Exception`` is our bug."""
         self.fail(_translate(exc))
 
     async def _stop(self, stop: Callable[[bool], Awaitable[None]], *, graceful: bool) -> None:
@@ -100,13 +103,6 @@ class Lifespan:
             await stop(graceful)
         except Exception as exc:  # noqa: BLE001  # a bug of ours must not keep the body's exception from leaving
             self.fail(_translate(exc))
-
-
-def only_cancelled(exc: BaseException) -> bool:
-    """Whether it is a cancellation and nothing else. Out of a nursery it comes in a group, even if it is alone."""
-    if isinstance(exc, BaseExceptionGroup):
-        return cast("BaseExceptionGroup[BaseException]", exc).split(trio.Cancelled)[1] is None
-    return isinstance(exc, trio.Cancelled)
 
 
 def _raise(error: BaseException) -> NoReturn:
@@ -121,21 +117,20 @@ def _raise(error: BaseException) -> NoReturn:
 
 def _translate(exc: BaseException) -> BaseException:
     interrupt = _interrupt_in(exc)
-    if interrupt is exc:
-        return exc
-    if interrupt is not None:
+    if isinstance(interrupt, KeyboardInterrupt | SystemExit) and interrupt is not exc:
         fresh = type(interrupt)(*interrupt.args)
         fresh.__cause__ = exc
         return fresh
+    if interrupt is not None:
+        return interrupt
     error = DriverInternalError("a bug in trio-mqtt-driver; please report it with this traceback")
     error.__cause__ = exc
     return error
 
 
 def _interrupt_in(exc: BaseException) -> BaseException | None:
-    if isinstance(exc, KeyboardInterrupt | SystemExit):
-        return exc
+    """Ctrl-C and its like, such as ``pytest.fail()`` in a handler: what is no ``Exception`` and no cancellation."""
     if not isinstance(exc, BaseExceptionGroup):
-        return None
+        return None if isinstance(exc, Exception | trio.Cancelled) else exc
     group = cast("BaseExceptionGroup[BaseException]", exc)
     return next((found for inner in group.exceptions if (found := _interrupt_in(inner)) is not None), None)

@@ -96,6 +96,7 @@ class Outbox:
         """Whether somebody waits for room."""
         return self._turn.locked()
 
+    @trio.lowlevel.enable_ki_protection
     async def wait_room(self, outgoing: Outgoing) -> None:
         """Return when ``accept`` takes the message, or refuses it for good; callers are served in order.
 
@@ -342,6 +343,7 @@ class Outbox:
 
     # -- expiry -------------------------------------------------------------------------------------------------------
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """End messages whose time has passed while they waited. Runs until cancelled."""
         while True:

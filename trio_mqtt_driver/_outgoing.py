@@ -191,6 +191,7 @@ class Outgoing(_Usual):
         while not (self.done or self.parked):
             await self._change()
 
+    @trio.lowlevel.enable_ki_protection
     async def _change(self) -> None:
         if self.waiter is None:
             self.waiter = trio.Event()
@@ -212,6 +213,7 @@ class Outgoing(_Usual):
     def not_connected(self, what: str, diagnosis: Diagnosis) -> NotConnectedError:
         return NotConnectedError(f"publish to {self.topic!r}: {what} ({diagnosis})")
 
+    @trio.lowlevel.enable_ki_protection
     async def wait(self) -> PublishResult:
         if not self.done:
             while not self.done:  # as settled()

@@ -184,12 +184,15 @@ class ControlPackets(AsyncClient):  # type: ignore[misc]  # untyped base
     def start(self) -> None:
         self._start_all_loop()
 
+    @trio.lowlevel.enable_ki_protection
     async def _loop_read(self) -> None:
         await self._read()
 
+    @trio.lowlevel.enable_ki_protection
     async def _loop_write(self) -> None:
         await self._write()
 
+    @trio.lowlevel.enable_ki_protection
     async def _loop_misc(self) -> None:
         await self._misc()
 

@@ -58,6 +58,7 @@ class Publisher:
         finally:
             await store.aclose()  # noqa: ASYNC102  # it shields and bounds itself
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """What the outbox needs in the background. Runs until cancelled."""
         async with trio.open_nursery() as nursery:

@@ -120,6 +120,7 @@ class Registration(Generic[M]):
         if waiter is not None:
             waiter.set()
 
+    @trio.lowlevel.enable_ki_protection
     async def change(self) -> None:
         if self.waiter is None:
             self.waiter = trio.Event()

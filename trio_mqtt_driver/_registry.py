@@ -414,6 +414,7 @@ class Registry(Generic[M]):
         assert registration.reason_code is not None
         return registration.reason_code
 
+    @trio.lowlevel.enable_ki_protection
     async def wait_left(self, leaving: Leaving) -> ReasonCode:
         """Return what the broker said to UNSUBSCRIBE; a session that ended has forgotten.
 

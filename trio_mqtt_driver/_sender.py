@@ -214,6 +214,7 @@ class Sender:
         self.closing = True
         self.express.close()
 
+    @trio.lowlevel.enable_ki_protection
     async def pace(self) -> None:
         """Go on with what ``refill_rate`` holds back. Runs until cancelled."""
         while True:

@@ -202,6 +202,7 @@ class StateView(Generic[T]):
         if reason:
             raise StaleDataError(f"{self.topic_filter!r}: {reason}")
 
+    @trio.lowlevel.enable_ki_protection
     async def _next(self, seen: int) -> tuple[int, Mapping[str, Message[T]]] | None:
         """The next snapshot after version ``seen``, and its version; None if there will be none."""
         await trio.lowlevel.checkpoint()

@@ -51,6 +51,7 @@ class States:
             self._waiters.discard(waiter)
             waiter.woken.set()
 
+    @trio.lowlevel.enable_ki_protection
     async def wait(self, wanted: frozenset[State]) -> State | None:
         """The first of ``wanted`` from now on, the present state included; None if none of them can come any more."""
         await trio.lowlevel.checkpoint()

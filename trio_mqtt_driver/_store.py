@@ -138,6 +138,7 @@ class Store:
         for row in rows:
             await self._written(row)
 
+    @trio.lowlevel.enable_ki_protection
     async def _written(self, row: int) -> None:
         if row in self._pending or row in self._writing:
             if self._error is not None:
@@ -157,6 +158,7 @@ class Store:
         for waiter in waiters.values():
             waiter.fail(OutboxFileError(text))
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
         """Write what gathers, one batch after the other, until cancelled. A batch that is being written is ended."""
         pause = _FIRST_PAUSE

@@ -181,6 +181,7 @@ class Subscription(Generic[T]):
             self._arrived.set()
         return too_long
 
+    @trio.lowlevel.disable_ki_protection
     def _handle_now(self, message: Message[Any]) -> bool:
         """Call the handler with a message that came alone. False, and nothing is done, if that is for its task."""
         context = self._context
@@ -242,6 +243,7 @@ class Subscription(Generic[T]):
 
     # -- the emptying end ---------------------------------------------------------------------------------------------
 
+    @trio.lowlevel.enable_ki_protection
     async def receive(self) -> Message[T]:
         """Wait for the next message; asking for it says that the one before is processed.
 

@@ -310,6 +310,7 @@ class Supervisor:
             except MQTTDriverError as exc:
                 connection.fail(exc)
 
+    @trio.lowlevel.enable_ki_protection
     async def _look_for_better(self) -> None:
         endpoint = await self._failover.wait_better(self.generation + 1)
         # At the same moment somebody else may have ended this link already.
@@ -441,6 +442,7 @@ class Supervisor:
             self._record("settings", "settings changed, for when the pause ends")
 
     def _check_open(self) -> None:
+        trio.current_time()  # raises in another thread, before anything is changed
         if self._closing or self.state in (State.CLOSING, State.CLOSED):
             raise DriverClosedError("the driver was left")
 

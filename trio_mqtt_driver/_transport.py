@@ -12,6 +12,7 @@ from typing import cast
 
 import trio
 
+from ._cancelled import without_errors
 from ._config import DriverConfig
 from ._errors import ConnectionLostError, MQTTDriverError, OptionsError, TLSError, TransportError
 from ._tls import TLSConfig
@@ -26,6 +27,7 @@ _NOT_UNDERSTOOD = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_E
 _NO_TLS = "; does this port speak TLS? mqtts:// does, mqtt:// does not"
 
 
+@trio.lowlevel.disable_ki_protection
 async def open_stream(config: DriverConfig, elsewhere: random.Random | None = None) -> trio.abc.Stream:
     """Open the byte stream of one connection. Cancellable; the caller sets the deadline.
 
@@ -36,9 +38,14 @@ async def open_stream(config: DriverConfig, elsewhere: random.Random | None = No
     endpoint = config.endpoint
     if config.open_stream is not None:
         try:
-            return await config.open_stream(endpoint)
+            opened = await config.open_stream(endpoint)
         except Exception as exc:  # whatever the application's code raises is one failed attempt
             raise lost(exc, f"connecting to {endpoint}", config.tls) from exc
+        except BaseExceptionGroup as exc:
+            raise without_errors(exc, "open_stream") from None
+        if not isinstance(opened, trio.abc.Stream):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionsError(f"open_stream must return a trio.abc.Stream, not {type(opened).__name__}")
+        return opened
     try:
         if endpoint.scheme == "unix":
             return await trio.open_unix_socket(endpoint.path)
