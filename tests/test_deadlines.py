@@ -118,10 +118,49 @@ def test_a_broker_that_sends_and_never_answers_is_given_up(deadlines: Driven) ->
     deadlines.heard_at = 159.9
     assert deadlines.error(159.9) is None
     assert isinstance(deadlines.error(160.0), KeepAliveError)
-    deadlines.mid_packet = True  # the PINGRESP cannot come before the end of a packet that takes minutes
+    deadlines.heard(159.9, 50_000, 50_000, more=False)  # a packet that takes minutes, with the PINGRESP behind it
     assert deadlines.error(160.0) is None
     deadlines.sent_at = 160.0
     assert deadlines.wakes(160.0) == pytest.approx(169.9)
+
+
+@pytest.mark.parametrize("rate, accepted", [(99, False), (100, True)])
+def test_a_packet_that_trickles_in_is_no_excuse(deadlines: Driven, rate: int, accepted: bool) -> None:
+    """It could take years."""
+    ping(deadlines, 130.0)
+    deadlines.heard(130.0, 700, 1, more=False)
+    deadlines.heard(160.0, 30 * rate - 1, 30 * rate, more=False)
+    assert (deadlines.error(160.0) is None) is accepted
+    deadlines.heard(160.0, 700, 1, more=False)  # of another packet
+    assert deadlines.error(160.0) is None
+
+
+def test_what_lies_unread_may_be_the_answer(deadlines: Driven) -> None:
+    """The program was busy for longer than any answer may take, and the read has brought as much as it could."""
+    ping(deadlines, 130.0)
+    deadlines.heard(165.0, 65536, 0, more=True)
+    assert deadlines.error(165.0) is None
+    deadlines.heard(165.0, 100, 0, more=False)
+    assert isinstance(deadlines.error(165.0), KeepAliveError)
+
+
+def test_a_ping_behind_other_bytes_is_not_asked_yet(deadlines: Driven) -> None:
+    deadlines.pings.append(Ping(130.0, Reply[float](), 1000))
+    deadlines.flushed(139.0, 400)
+    assert deadlines.error(148.9) is None
+    deadlines.flushed(148.0, 1000)
+    assert deadlines.error(157.9) is None
+    deadlines.flushed(157.9, 1500)  # these were behind it
+    assert isinstance(deadlines.error(158.0), KeepAliveError)
+
+
+def test_a_doubt_waits_for_its_ping_to_leave(deadlines: Driven) -> None:
+    assert deadlines.asks(115.0, 110.0)
+    deadlines.pings.append(Ping(115.0, Reply[float](), 1000))
+    deadlines.flushed(119.0, 1000)
+    assert deadlines.error(123.9, 110.0) is None
+    assert deadlines.wakes(119.0, 110.0) == 124.0
+    assert isinstance(deadlines.error(124.0, 110.0), AckTimeoutError)
 
 
 def test_a_publish_is_late_after_the_ack_timeout_and_the_broker_is_asked(deadlines: Driven) -> None:
@@ -265,7 +304,7 @@ def test_bytes_that_arrive_extend_the_doubt_but_not_for_ever(deadlines: Driven) 
     error = deadlines.error(130.0, 110.0)
     assert isinstance(error, AckTimeoutError)
     assert "although other packets arrive" in str(error)
-    deadlines.mid_packet = True  # the PINGRESP is behind a packet that takes long
+    deadlines.heard(129.0, 50_000, 50_000, more=False)  # the PINGRESP is behind a packet that takes long
     assert deadlines.error(130.0, 110.0) is None
     assert deadlines.error(134.0, 110.0) is not None
 
@@ -443,8 +482,8 @@ class Calls(list[str]):
 def test_whoever_waits_for_an_answer_is_late_once_and_at_its_time(deadlines: Driven, live: bool) -> None:
     deadlines.live = live
     called = Calls()
-    deadlines.begin(100, 7, called.named("first"))
-    deadlines.begin(101, 8, called.named("second"))
+    deadlines.begin(100, 7, 0, called.named("first"))
+    deadlines.begin(101, 8, 0, called.named("second"))
     assert deadlines.wakes(101) == 107
     assert called.at(deadlines, 106.9) == []
     assert called.at(deadlines, 107) == ["first"]
@@ -454,13 +493,35 @@ def test_whoever_waits_for_an_answer_is_late_once_and_at_its_time(deadlines: Dri
     assert deadlines.wakes(111) == 129
 
 
+def test_a_request_behind_other_bytes_is_not_asked_yet(deadlines: Driven) -> None:
+    called = Calls()
+    deadlines.begin(100, 7, 1000, called.named("late"))
+    deadlines.flushed(106, 999)
+    assert called.at(deadlines, 107) == []
+    deadlines.flushed(112, 1000)
+    deadlines.flushed(118, 1100)
+    assert deadlines.wakes(118) == 119
+    assert called.at(deadlines, 119) == ["late"]
+
+
+def test_while_other_packets_arrive_an_answer_has_three_times_as_long(deadlines: Driven) -> None:
+    called = Calls()
+    deadlines.begin(100, 7, 0, called.named("late"))
+    for now in (106, 112, 118):
+        deadlines.heard(now, 100, 0, more=False)
+        assert called.at(deadlines, now + 2) == []
+    deadlines.heard(120, 100, 0, more=False)
+    assert called.at(deadlines, 120.9) == []
+    assert called.at(deadlines, 121) == ["late"]
+
+
 def test_an_answer_that_came_is_not_late(deadlines: Driven) -> None:
     called = Calls()
-    answer = deadlines.begin(100, 7, called.named("answered"))
+    answer = deadlines.begin(100, 7, 0, called.named("answered"))
     deadlines.end(answer)
     assert deadlines.wakes(100) == 129
     assert called.at(deadlines, 107) == []
-    overdue = deadlines.begin(110, 7, called.named("late"))
+    overdue = deadlines.begin(110, 7, 0, called.named("late"))
     assert called.at(deadlines, 117) == ["late"]
     deadlines.end(overdue)  # whoever waited for it says so then
 
@@ -468,9 +529,9 @@ def test_an_answer_that_came_is_not_late(deadlines: Driven) -> None:
 def test_while_reading_is_paused_no_answer_is_late_and_then_it_has_all_its_time(deadlines: Driven) -> None:
     called = Calls()
     deadlines.agree(math.inf)
-    deadlines.begin(100, 7, called.named("before"))
+    deadlines.begin(100, 7, 0, called.named("before"))
     deadlines.paused = True
-    deadlines.begin(102, 3, called.named("meanwhile"))
+    deadlines.begin(102, 3, 0, called.named("meanwhile"))
     assert called.at(deadlines, 1000) == []
     assert deadlines.wakes(101) == 106  # only for the ack_timeout
     deadlines.resume(1000)
@@ -482,6 +543,6 @@ def test_while_reading_is_paused_no_answer_is_late_and_then_it_has_all_its_time(
 
 def test_without_a_timeout_an_answer_is_never_late(deadlines: Driven) -> None:
     called = Calls()
-    deadlines.begin(100, math.inf, called.named("late"))
+    deadlines.begin(100, math.inf, 0, called.named("late"))
     assert deadlines.wakes(100) == 129
     assert called.at(deadlines, 1e9) == []

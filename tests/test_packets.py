@@ -409,11 +409,11 @@ def test_a_large_packet_in_small_pieces_is_put_together_once() -> None:
     reader = new_reader(maximum_packet_size=2_000_000)
     *early, last = (data[start : start + 997] for start in range(0, len(data), 997))
     assert not any(reader.feed(piece) for piece in early)
-    assert reader.mid_packet
+    assert reader.partial
     (message,) = reader.feed(last)
     assert isinstance(message, Message)
     assert message.payload == payload
-    assert not reader.mid_packet
+    assert not reader.partial
 
 
 def test_a_long_list_of_user_properties_does_not_take_quadratic_time() -> None:
@@ -612,7 +612,7 @@ def test_a_valid_stream_that_trickles_in_byte_by_byte_is_read(packets: list[Publ
     count = sum(len(reader.feed(data[at : at + 1])) for at in range(len(data)))
     assert reader.error is None
     assert count == len(packets)
-    assert not reader.mid_packet
+    assert not reader.partial
 
 
 # -- encoding -------------------------------------------------------------------------------------------------------

@@ -342,8 +342,8 @@ class DriverConfig:
     """Replaces how the byte stream is opened: for transports that this package does not know, and for tests."""
 
     keep_alive: int = attrs.field(default=30, validator=between(0, 65535))
-    """Seconds without traffic in either direction; PINGREQ is sent a second, at most a quarter of it, before they are over.
-    0 switches it off [MQTT-3.1.2.10]."""
+    """Seconds without traffic in either direction; PINGREQ is sent one second, at most a quarter of the time, before
+    they are over. 0 switches it off [MQTT-3.1.2.10]."""
     ping_timeout: float = attrs.field(default=10.0, validator=seconds)
     connect_timeout: float = attrs.field(default=10.0, validator=seconds)
     """For opening the stream, TLS and CONNECT/CONNACK together."""

@@ -109,6 +109,7 @@ class Connection:
         self._warned: set[str] = set()
         self._writer = writer = Writer(stream, counters, self._flushed)
         self.together = writer.together
+        self.wait_written = writer.wait_empty
         self.receiver = Receiver(
             config, session, writer, counters, version=version, expect_by=self._expect_by, warn_once=self._warn_once
         )
@@ -165,6 +166,7 @@ class Connection:
                 nursery.cancel_scope.cancel(reason="the session of this connection ended")
         finally:
             self.ended = True
+            self._writer.close()
             self.receiver.close()
             self.sender.close()
             direct = DirectSocket.of(self._stream)
@@ -266,8 +268,9 @@ class Connection:
 
     async def within(self, seconds: float, wait: Callable[[], Awaitable[T]], late: Callable[[], object]) -> T:
         """Wait for an answer. If it takes longer, not counting pauses of reading, ``late`` must end the wait."""
-        answer = self.deadlines.begin(trio.current_time(), seconds, late)
-        self._expect_by(answer.by)
+        now = trio.current_time()
+        answer = self.deadlines.begin(now, seconds, self._writer.written, late)
+        self._expect_by(now + seconds)
         try:
             return await wait()
         finally:
@@ -276,7 +279,7 @@ class Connection:
     def ping(self) -> Reply[float]:
         """Send PINGREQ; the reply is the round trip in seconds."""
         now = trio.current_time()
-        ping = Ping(now, Reply())
+        ping = Ping(now, Reply(), self._writer.written + len(PINGREQ_PACKET))
         self.deadlines.pings.append(ping)
         self.deadlines.sent_at = now
         self._writer.write(PINGREQ_PACKET)
@@ -318,7 +321,8 @@ class Connection:
                 self.fail(lost(exc, "writing to the broker"))
 
     def _flushed(self) -> None:
-        now = self.deadlines.sent_at = trio.current_time()
+        now = trio.current_time()
+        self.deadlines.flushed(now, self._writer.flushed)
         self._expect_by(now + self.config.ack_timeout)
         self.sender.flushed(now)
 
@@ -340,7 +344,7 @@ class Connection:
             if not data:
                 self._gone(ConnectionLostError(f"the broker closed the connection{self.hint}"))
                 return
-            self.deadlines.heard_at = trio.current_time()
+            now = self.deadlines.heard_at = trio.current_time()
             self._counters.bytes_in += len(data)
             messages: list[Message[Any]] = []
             plain_size: int | None = None
@@ -349,14 +353,14 @@ class Connection:
                 plain_size = self._take_packets(self._reader.feed(data), messages)
             except ProtocolError as exc:
                 self.fail(exc)
-            self.deadlines.mid_packet = self._reader.mid_packet
+            emptied = len(data) < size
+            self.deadlines.heard(now, len(data), self._reader.partial, more=not emptied)
             if self._reader.error is not None:
                 self.fail(self._reader.error)
             self.sender.refill()
             if held:  # before the messages, whose handlers may publish: in what they do the writer is as ever
                 self._writer.let_go()
             # Even after a fault: what arrived whole before it was accepted.
-            emptied = len(data) < size
             size = _RECEIVE_SIZE
             if messages:
                 size = min(size, max(_SMALL_RECEIVE, len(data) // len(messages) * _AT_A_TIME))
@@ -378,7 +382,7 @@ class Connection:
                     await self._pause()
                 elif (
                     gathering is not None
-                    and (delay := gathering.wait_after(self.deadlines.heard_at, len(messages), emptied=emptied))
+                    and (delay := gathering.wait_after(now, len(messages), emptied=emptied))
                     and not (self.sender.in_flight or self.requests or self.deadlines.pings)
                 ):  # Whoever waits for an answer of the broker need not wait for other people's messages.
                     await trio.sleep(delay)

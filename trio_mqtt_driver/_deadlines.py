@@ -2,13 +2,18 @@
 
 Two clocks run. Ours to the broker: it must hear from us within Keep Alive [MQTT-3.1.2-20], whatever else happens, so
 PINGREQ goes out a little before that. And the broker's to us: if nothing arrives for as long, PINGREQ asks for a sign
-of life, since on a half-open link writing goes on "working" for a long time. Bytes that arrive count as that sign, since a PINGRESP may queue behind large
-messages; but a broker that goes on to send whole packets and never answers does not answer.
+of life, since on a half-open link writing goes on "working" for a long time. Bytes that arrive count as that sign,
+since a PINGRESP may queue behind large messages; but a broker that goes on to send whole packets and never answers
+does not answer.
 
 A link is *in doubt* when an acknowledgement is late, or when the machine was suspended: PINGREQ goes out at once, and
 what comes of it decides. A late acknowledgement alone does not tell a dead link from a slow one, nor from an event
 loop that was blocked while the answer lay in the socket; and after a suspension nobody knows, since the wall clock
 also jumps when it is set. So a link that answers is never ended because of a clock.
+
+A question that lies behind others in the write buffer is not asked yet: as long as bytes leave its time begins anew.
+And an answer may lie behind others on its way to us: as long as bytes arrive it has three times as long, and behind a
+packet that takes longer, or that we have not come to read, whatever that takes.
 
 While reading is paused the answers lie unread on our side: only the first clock runs. The same before the link is
 live, where each step has a deadline of its own, and an error that names it: that of CONNACK is kept by whoever waits
@@ -37,7 +42,9 @@ from ._replies import Ping
 from ._types import ReasonCode
 
 _PATIENCE = 3
-"""So many ping timeouts are too many for one PINGREQ, whatever else arrives."""
+"""So many timeouts are too many for one answer, whatever else arrives."""
+_SLOWEST = 100
+"""Bytes in a second that make a packet one that takes long; one that trickles in more slowly is no excuse."""
 _AHEAD = 1.0
 _AHEAD_AT_MOST = 0.25
 """Seconds, and of the Keep Alive: so much before it is over PINGREQ goes out. The loop may be busy then and the
@@ -63,10 +70,11 @@ class _Doubt:
 
 @attrs.define(eq=False)
 class Wait:
-    """For an answer that must come ``by`` then; or after reading paused, within ``seconds`` from the end of that."""
+    """For the answer to a request that ends at ``wire_end`` among the bytes of the connection."""
 
     seconds: float
-    by: float
+    asked_at: float
+    wire_end: int
     late: Callable[[], object]
 
 
@@ -82,8 +90,11 @@ class Deadlines:
         self.heard_at = now
         """When anything last arrived from the broker."""
         self.pings: deque[Ping] = deque()
-        self.mid_packet = False
-        """Whether a packet has begun to arrive and is not complete."""
+        self._flushed = 0
+        self._partial = 0
+        self._partial_since = now
+        self._behind = False
+        """Whether the answer that is waited for may be behind a packet that takes long, or that we have not read."""
         self.live = False
         self.paused = False
         self._resumed_at = now
@@ -103,12 +114,29 @@ class Deadlines:
         """Reading goes on: what lay unread can be an answer, so all waiting begins anew."""
         self.paused = False
         self.heard_at = self._resumed_at = now
-        for wait in self._waits:
-            wait.by = now + wait.seconds
 
-    def begin(self, now: float, seconds: float, late: Callable[[], object]) -> Wait:
+    def heard(self, now: float, size: int, partial: int, *, more: bool) -> None:
+        """So many bytes have arrived. Of these and those before, the last ``partial`` are of a packet that is not
+        complete; and ``more`` may lie unread."""
+        self.heard_at = now
+        if not self._partial or partial != self._partial + size:
+            self._partial_since = now
+        self._partial = partial
+        self._behind = more or (partial > 0 and partial >= _SLOWEST * (now - self._partial_since))
+
+    def flushed(self, now: float, position: int) -> None:
+        """Bytes have left, all up to ``position``."""
+        self.sent_at = now
+        if self.pings or self._waits:
+            questions: list[Ping | Wait] = [*self.pings, *self._waits]
+            for question in questions:
+                if question.wire_end > self._flushed:
+                    question.asked_at = now
+        self._flushed = position
+
+    def begin(self, now: float, seconds: float, wire_end: int, late: Callable[[], object]) -> Wait:
         """Somebody waits for an answer, until ``end``."""
-        wait = Wait(seconds, now + seconds, late)
+        wait = Wait(seconds, now, wire_end, late)
         self._waits.add(wait)
         return wait
 
@@ -119,7 +147,7 @@ class Deadlines:
         """What to call for the answers that are overdue, once for each."""
         if self.paused:
             return []
-        over = [wait for wait in self._waits if wait.by <= now]
+        over = [wait for wait in self._waits if self._answer_by(wait.asked_at, wait.seconds) <= now]
         self._waits.difference_update(over)
         return [wait.late for wait in over]
 
@@ -183,11 +211,11 @@ class Deadlines:
             late = f"no acknowledgement within ack_timeout={self._ack_timeout:g} s"
             if self._late.answered:
                 return AckTimeoutError(f"{late}, although the broker answers PINGREQ")
-            if now >= self._answer_by(self._late.since, self._doubt_timeout):
+            if now >= self._doubt_by(self._late):
                 if now < self.heard_at + self._doubt_timeout:
                     return AckTimeoutError(f"{late} and no answer to PINGREQ, although other packets arrive")
                 return AckTimeoutError(f"{late} and no answer to PINGREQ, {silence}: the link is half-open")
-        if self._suspended is not None and now >= self._answer_by(self._suspended.since, self._doubt_timeout):
+        if self._suspended is not None and now >= self._doubt_by(self._suspended):
             return KeepAliveError(f"no answer to PINGREQ within {self._doubt_timeout:g} s, {silence}")
         if now >= self._pong_by():
             if now < self.heard_at + self._ping_timeout:
@@ -202,16 +230,16 @@ class Deadlines:
         ping_by = self.sent_at + self._ping_after
         if self.paused:
             return min(ping_by, now + self._ack_timeout)
-        answer_by = min((wait.by for wait in self._waits), default=math.inf)
+        answer_by = min((self._answer_by(wait.asked_at, wait.seconds) for wait in self._waits), default=math.inf)
         if not self.live:
             return min(ping_by, answer_by)
         if not self.pings:
             ping_by = min(ping_by, self.heard_at + self._ping_after)
         ack_by = self._waiting_since + self._ack_timeout
         if self._late is not None:
-            ack_by = self._answer_by(self._late.since, self._doubt_timeout)
+            ack_by = self._doubt_by(self._late)
         if self._suspended is not None:
-            ack_by = min(ack_by, self._answer_by(self._suspended.since, self._doubt_timeout))
+            ack_by = min(ack_by, self._doubt_by(self._suspended))
         return min(ping_by, answer_by, self._pong_by(), ack_by)
 
     def explain(self, error: MQTTDriverError, now: float, wall: float) -> MQTTDriverError:
@@ -231,9 +259,13 @@ class Deadlines:
         return explained
 
     def _pong_by(self) -> float:
-        return self._answer_by(self.pings[0].sent_at, self._ping_timeout) if self.pings else math.inf
+        return self._answer_by(self.pings[0].asked_at, self._ping_timeout) if self.pings else math.inf
+
+    def _doubt_by(self, doubt: _Doubt) -> float:
+        asked_at = next((ping.asked_at for ping in self.pings if ping.sent_at >= doubt.asked_from), doubt.since)
+        return self._answer_by(max(asked_at, doubt.since), self._doubt_timeout)
 
     def _answer_by(self, asked_at: float, timeout: float) -> float:
         asked_at = max(asked_at, self._resumed_at)
         answer_by = max(asked_at, self.heard_at) + timeout
-        return answer_by if self.mid_packet else min(answer_by, asked_at + _PATIENCE * timeout)
+        return answer_by if self._behind else min(answer_by, asked_at + _PATIENCE * timeout)

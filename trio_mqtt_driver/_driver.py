@@ -184,6 +184,7 @@ class MQTTDriver:
             with trio.move_on_after(config.drain_timeout):
                 await self._dispatcher.retire()
                 await wait_settled(self._supervisor.undelivered)
+                await live.wait_written()  # QoS 0; DISCONNECT has little time, and would come behind it
         out, here = len(self.undelivered), self._dispatcher.unprocessed
         if out or here:
             kept = f" (kept in {self._publisher.path})" if out and self._publisher.path else ""

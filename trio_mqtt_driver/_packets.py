@@ -129,9 +129,9 @@ class PacketReader:
         self._aliases: dict[int, str] = {}
 
     @property
-    def mid_packet(self) -> bool:
-        """Whether a packet has begun and is not complete."""
-        return bool(self._rest)
+    def partial(self) -> int:
+        """Bytes of a packet that has begun and is not complete."""
+        return len(self._rest)
 
     def feed(self, data: bytes | bytearray) -> list[Packet]:
         """The packets that are complete with ``data``; sets ``error`` at the first byte that MQTT does not allow."""

@@ -30,6 +30,7 @@ class Reply(Generic[T]):
     def settled(self) -> bool:
         return self._event.is_set()
 
+    @trio.lowlevel.enable_ki_protection
     async def wait(self) -> T:
         await self._event.wait()
         if self._error is not None:
@@ -37,7 +38,11 @@ class Reply(Generic[T]):
         return self._value  # type: ignore[return-value]  # set() came first
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Ping:
     sent_at: float
     reply: Reply[float]
+    wire_end: int = 0
+    """Where PINGREQ ends among the bytes of the connection."""
+    asked_at: float = attrs.field(default=attrs.Factory(lambda self: self.sent_at, takes_self=True), init=False)
+    """When it left, or bytes before it did."""

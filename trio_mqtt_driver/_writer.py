@@ -22,6 +22,10 @@ from ._history import Counters
 
 _SEND_SIZE = 65536
 """Written in pieces of this size, so that progress on a slow link is seen between them."""
+_LEAST_SEND_SIZE = 4096
+"""The first ones are of this size, and those after one that took long: each must be through in a ping timeout."""
+_SLOW = 1.0
+"""Seconds that are long for a piece."""
 _QUIET = 0.001
 """Seconds without a packet after which the next one is written at once."""
 _LAST_WORDS = 0.1
@@ -55,6 +59,7 @@ class Writer:
         self._now = trio.lowlevel.current_clock().current_time
         self._roused_at = -math.inf
         self._quiet = 0.0
+        self._size = _LEAST_SEND_SIZE
         self.buffer: list[bytes] = []
         self._wake = trio.Event()
         self.idle = True
@@ -62,6 +67,7 @@ class Writer:
         who looks at this first, as all must, leaves to ``let_go`` what is written then."""
         self._answers = 0
         self._ended = False
+        self._emptied = trio.Event()
         self.written = 0
         """Bytes taken so far."""
         self.flushed = 0
@@ -158,8 +164,23 @@ class Writer:
 
     def _count(self, sent: int) -> None:
         self.flushed += sent
+        if self.flushed == self.written:
+            self._emptied.set()
         self._counters.bytes_out += sent
         self._on_flushed()
+
+    async def wait_empty(self) -> None:
+        """Return when all that was taken is sent, or the connection is over."""
+        if self._ended or not self.waiting:
+            await trio.lowlevel.checkpoint()
+            return
+        self._emptied = trio.Event()
+        await self._emptied.wait()
+
+    def close(self) -> None:
+        """The connection is over."""
+        self._ended = True
+        self._emptied.set()
 
     async def run(self, collect: Callable[[], None]) -> None:
         """Send until cancelled, which may leave half a packet sent. Raises what the stream raises.
@@ -178,10 +199,12 @@ class Writer:
             data = memoryview(b"".join(self.buffer))
             self.buffer.clear()
             answers = self._answers
-            for start in range(0, len(data), _SEND_SIZE):
-                piece = data[start : start + _SEND_SIZE]
+            while data:
+                piece, data = data[: self._size], data[self._size :]
+                began = self._now()
                 await self._send(piece)
                 self._count(len(piece))
+                self._size = min(2 * self._size, _SEND_SIZE) if self._now() - began < _SLOW else _LEAST_SEND_SIZE
             self._answers -= answers
 
     async def _send(self, piece: memoryview) -> None:
