@@ -157,6 +157,11 @@ def test_an_unknown_option_is_named_with_what_it_may_have_been(wrong: str, words
         MQTTDriver("mqtt://127.0.0.1", **options)
 
 
+async def test_a_source_of_randomness_is_checked_at_once() -> None:
+    with pytest.raises(TypeError, match=r"rng must be a random\.Random, not int"):
+        MQTTDriver("mqtt://127.0.0.1", rng=cast(Any, 5))
+
+
 async def test_a_handler_that_would_run_nothing_is_refused(
     autojump_clock: trio.testing.MockClock, broker: MemoryBroker
 ) -> None:

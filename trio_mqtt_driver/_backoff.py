@@ -7,14 +7,12 @@ has an end, and after it comes a trial.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final
+import random
+from typing import Any, Final
 
 import attrs
 
 from ._validators import count, number
-
-if TYPE_CHECKING:
-    import random
 
 _FLOOR: Final = 0.1
 """The least delay as a share of the greatest. Full jitter goes down to 0, so a run of low draws would hammer a broker
@@ -58,6 +56,8 @@ class Backoff:
     """The memory between attempts. ``now`` is the caller's clock in seconds (Trio's); it must not go backwards."""
 
     def __init__(self, config: BackoffConfig, rng: random.Random) -> None:
+        if not isinstance(rng, random.Random):  # pyright: ignore[reportUnnecessaryIsInstance]  # untyped callers
+            raise TypeError(f"rng must be a random.Random, not {type(rng).__name__}")
         self._config = config
         self._rng = rng
         self._failures = 0

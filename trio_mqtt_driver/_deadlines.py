@@ -45,8 +45,8 @@ _PATIENCE = 3
 """So many timeouts are too many for one answer, whatever else arrives."""
 _SLOWEST = 100
 """Bytes in a second that make a packet one that takes long; one that trickles in more slowly is no excuse."""
-_AHEAD = 1.0
-_AHEAD_AT_MOST = 0.25
+_EARLIER = 1.0
+_EARLIER_AT_MOST = 0.25
 """Seconds, and of the Keep Alive: so much before it is over PINGREQ goes out. The loop may be busy then and the
 network slow, and nats-server has no patience beyond a Keep Alive of 1: it rounds one and a half times that down."""
 _GIVEN_UP_AFTER = 1.5
@@ -108,7 +108,7 @@ class Deadlines:
     def agree(self, keep_alive: float) -> None:
         """CONNACK is there: the Keep Alive that holds, in seconds, infinite for none."""
         self._keep_alive = keep_alive
-        self._ping_after = keep_alive - min(_AHEAD, _AHEAD_AT_MOST * keep_alive)
+        self._ping_after = keep_alive - min(_EARLIER, _EARLIER_AT_MOST * keep_alive)
 
     def resume(self, now: float) -> None:
         """Reading goes on: what lay unread can be an answer, so all waiting begins anew."""

@@ -168,7 +168,7 @@ class Dialer:
 
     def forget(self) -> None:
         """The settings have changed: what was learnt of the endpoints may be true no more."""
-        # For a session that is there each settings are new ones of the same link: see Versions.spoke.
+        # A session that there is goes on with other settings; to ask with MQTT 5 again would give it up.
         key = self.session.key if self.session.established else None
         self._versions.forget(but=key.endpoint if key is not None and key.version != 5 else None)
         self._batch_sizes.forget()
