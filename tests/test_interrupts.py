@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 from tests.peers import memory_config
 from trio_mqtt_driver import Attempt, DriverConfig, Message, MQTTDriver
-from trio_mqtt_driver.testing import MemoryBroker, PipeStream
+from trio_mqtt_driver.testing import MemoryBroker
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -46,9 +46,7 @@ class WatchedStream(trio.abc.Stream):
 def watched_config(broker: MemoryBroker, look: Callable[[str], None], **options: Any) -> DriverConfig:
     async def open_stream(_endpoint: object) -> trio.abc.Stream:
         look("open_stream")
-        stream = await broker.connect_stream()
-        assert isinstance(stream, PipeStream)
-        return WatchedStream(stream, look)
+        return WatchedStream(await broker.connect_stream(), look)
 
     return memory_config(broker, open_stream=open_stream, **options)
 

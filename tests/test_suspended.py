@@ -173,7 +173,7 @@ async def test_a_publish_of_a_suspended_machine_arrives_on_the_next_link(
         await trio.sleep(100)
         broker.silence()
         receipt = driver.publish_nowait("out", b"precious", qos=1)
-        await trio.sleep(3)
+        await trio.sleep(3)  # so that the clocks are next compared when the acknowledgement is late
         machine.suspend(600)
         assert (await receipt.wait()).generation == 2
         await check_named_and_healed(driver, broker, caplog, "no acknowledgement within ack_timeout=5 s")

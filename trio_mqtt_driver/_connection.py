@@ -344,7 +344,7 @@ class Connection:
             if not data:
                 self._gone(ConnectionLostError(f"the broker closed the connection{self.hint}"))
                 return
-            now = self.deadlines.heard_at = trio.current_time()
+            now = trio.current_time()
             self._counters.bytes_in += len(data)
             messages: list[Message[Any]] = []
             plain_size: int | None = None
